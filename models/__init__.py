@@ -1,0 +1,1 @@
+"""Networks and numerics. May use the types of `data`; knows no configuration, no DVC, no Prefect."""

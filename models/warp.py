@@ -1,0 +1,70 @@
+"""Backward warping, the one way in which this project moves pixels or latents along optical flow.
+
+A flow field says where it lives and where it points (both directions follow one naming):
+
+- ``flow_fwd[t]`` lives on the grid of frame t and points to t+1;
+- ``flow_bwd[t]`` lives on the grid of frame t+1 and points to t.
+
+Making frame t+1 out of frame t is a look-up from every pixel of t+1 into t, so it takes ``flow_bwd``. Using
+``flow_fwd`` there is the commonest silent error of the field; `tests/test_warp.py` shows that it fails.
+Channel 0 is dx (right), channel 1 is dy (down), in cells of the grid that the tensor lives on.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+
+def backward_warp(
+    source: Float[Tensor, "b c h w"], flow_bwd: Float[Tensor, "b 2 h w"], *, mode: str = "bilinear"
+) -> Float[Tensor, "b c h w"]:
+    """``out(x) = source(x + flow_bwd(x))``: the source seen from the grid on which ``flow_bwd`` lives.
+
+    Samples outside the source take the value of the nearest border pixel. ``mode`` is that of
+    `torch.nn.functional.grid_sample` (``bilinear``, ``bicubic`` or ``nearest``). Computed in float32 under
+    autocast: half-precision coordinates are off by up to 0.06 px at a width of 128.
+    """
+    h, w = source.shape[-2:]
+    with torch.autocast(device_type=source.device.type, enabled=False):
+        flow = flow_bwd.float()
+        xs = torch.arange(w, device=flow.device, dtype=flow.dtype)
+        ys = torch.arange(h, device=flow.device, dtype=flow.dtype)
+        # align_corners=False: pixel i has its centre at (2 i + 1) / w - 1 in normalised coordinates.
+        grid_x = (2 * (xs[None, None, :] + flow[:, 0]) + 1) / w - 1
+        grid_y = (2 * (ys[None, :, None] + flow[:, 1]) + 1) / h - 1
+        grid = torch.stack([grid_x, grid_y], dim=-1)
+        out = F.grid_sample(source.float(), grid, mode=mode, padding_mode="border", align_corners=False)
+    return out.to(source.dtype)
+
+
+def resize_flow(flow: Float[Tensor, "b 2 h w"], height: int, width: int) -> Float[Tensor, "b 2 h2 w2"]:
+    """The same motion on another grid: vectors averaged over (or interpolated between) cells, then rescaled.
+
+    Shrinking averages over areas (every vector counts once); growing interpolates bilinearly.
+    """
+    h, w = flow.shape[-2:]
+    if (h, w) == (height, width):
+        return flow
+    shrink = height <= h and width <= w
+    out = (
+        F.interpolate(flow, (height, width), mode="area")
+        if shrink
+        else F.interpolate(flow, (height, width), mode="bilinear", align_corners=False)
+    )
+    scale = torch.tensor([width / w, height / h], device=flow.device, dtype=flow.dtype)
+    return out * scale[None, :, None, None]
+
+
+def advect_flow(flow_bwd: Float[Tensor, "b 2 h w"]) -> Float[Tensor, "b 2 h w"]:
+    """The flow of the next pair under constant velocity: every vector is carried along by itself.
+
+    ``flow_bwd`` of the pair (t-1, t) lives on t; what stands at x in t+1 stood at x + v in t, so the next field
+    is ``v'(x) = v(x + v'(x))``. Solved by fixed-point iteration from v' = v.
+    """
+    carried = flow_bwd
+    for _ in range(3):
+        carried = backward_warp(flow_bwd, carried)
+    return carried

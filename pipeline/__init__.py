@@ -1,0 +1,1 @@
+"""Orchestration: parameters, stage entry, shards, the DAG and the command line. Knows no model and no data format."""
