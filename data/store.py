@@ -1,0 +1,275 @@
+"""Chunked zarr stores of per-video arrays: one shard file of consecutive videos, one chunk per training clip.
+
+A store is a folder with ``store.zarr``, which plain `zarr` and `xarray` read (a zarr v3 group with one array per
+quantity, whose first axis is the row of a video), and ``manifest.json``, written last. The manifest is the truth about
+which rows hold a video: zarr reads a missing shard and an all-zero shard alike as the fill value (measured, 3.1.6).
+
+Rows are fixed by identity, not by count: a *bucket* holds the ids ``[k V, (k + 1) V)`` for V videos per shard, and
+video i stands in the row ``ordinal(bucket) V + i mod V``. Adding videos anywhere therefore changes the shards of
+their own buckets only. Rows without a video carry the id -1 in the coordinate array ``video``.
+
+Shards are written by one writer each into a folder of their own (`write_shard`) and later hard-linked into place
+(`assemble`), so a crash never leaves a half-written store and an unchanged shard is never written twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import zarr
+from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
+
+from data.errors import StoreError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+GROUP = "store.zarr"
+FLOW_SCALE = 32.0
+"""Flow is stored as int16 in 1/32 px: at most 1/64 px of rounding, a range of +-1024 px."""
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One array of a store, per video: ``item`` is the shape of one video's entry, its first axis time."""
+
+    name: str
+    item: tuple[int, ...]
+    dtype: str
+    dims: tuple[str, ...]
+    clip: int
+    codec: Literal["picture", "field", "table"]
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+    def compressors(self) -> tuple[Any, ...]:
+        """Measured choices: zstd for pictures, blosc-zstd with bit-shuffle for flow and masks; always a checksum."""
+        if self.codec == "field":
+            return (BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle"), Crc32cCodec())
+        return (ZstdCodec(level=3, checksum=True),)
+
+    def create(self, group_path: Path, rows: int, videos_per_shard: int) -> zarr.Array:
+        clip = min(self.clip, self.item[0])
+        length = -(-self.item[0] // clip) * clip
+        return zarr.create_array(
+            store=str(group_path),
+            name=self.name,
+            shape=(rows, *self.item),
+            chunks=(1, clip, *self.item[1:]),
+            shards=(videos_per_shard, length, *self.item[1:]),
+            dtype=self.dtype,
+            compressors=self.compressors(),
+            fill_value=0,
+            dimension_names=("video", *self.dims),
+            attributes=self.attributes,
+        )
+
+
+@dataclass(frozen=True)
+class ShardPlace:
+    """A finished shard and the bucket (id // videos_per_shard) that it holds."""
+
+    bucket: int
+    folder: Path
+    ids: tuple[int, ...]
+    key: str
+
+
+def bucket_ids(ids: Iterable[int], videos_per_shard: int) -> dict[int, tuple[int, ...]]:
+    """The ids grouped into buckets of consecutive videos, both in ascending order."""
+    buckets: dict[int, list[int]] = {}
+    for video in sorted(ids):
+        buckets.setdefault(video // videos_per_shard, []).append(video)
+    return {bucket: tuple(members) for bucket, members in sorted(buckets.items())}
+
+
+def write_shard(
+    folder: Path, specs: Sequence[ArraySpec], videos: Mapping[int, Mapping[str, np.ndarray]], videos_per_shard: int
+) -> None:
+    """Write one bucket's videos (id -> array name -> array) as one shard file per array below ``folder``.
+
+    Raises:
+        StoreError: an array has another shape or dtype than its `ArraySpec` promises.
+    """
+    for spec in specs:
+        block = np.zeros((videos_per_shard, *spec.item), dtype=spec.dtype)
+        for video, arrays in videos.items():
+            value = arrays[spec.name]
+            if value.shape != spec.item or value.dtype != np.dtype(spec.dtype):
+                raise StoreError(
+                    f"{spec.name} of video {video} is {value.dtype}{list(value.shape)}, "
+                    f"the store holds {spec.dtype}{list(spec.item)}",
+                    remedy="this is a defect of the stage that made the array: report it with both shapes",
+                )
+            block[video % videos_per_shard] = value
+        if videos:
+            spec.create(folder, videos_per_shard, videos_per_shard)[:] = block
+
+
+def assemble(
+    out: Path,
+    specs: Sequence[ArraySpec],
+    shards: Sequence[ShardPlace],
+    videos_per_shard: int,
+    *,
+    manifest: Mapping[str, Any],
+) -> None:
+    """Make the store ``out`` out of finished shards by hard links; ``manifest.json`` is written last.
+
+    ``manifest`` adds the caller's facts (stage, fingerprint, params, quarantine). Everything written here is
+    repeatable byte for byte; seconds and hosts belong to the journal.
+    """
+    if out.exists():
+        shutil.rmtree(out)
+    group = out / GROUP
+    group.mkdir(parents=True)
+    rows = len(shards) * videos_per_shard
+    zarr.create_group(store=str(group), attributes={"format": FORMAT})
+    entries = []
+    video = np.full(rows, -1, dtype=np.int32)
+    for ordinal, shard in enumerate(shards):
+        for i in shard.ids:
+            video[ordinal * videos_per_shard + i % videos_per_shard] = i
+    coordinate = zarr.create_array(
+        store=str(group), name="video", shape=(rows,), chunks=(rows,), dtype="int32", dimension_names=("video",)
+    )
+    coordinate[:] = video
+    for spec in specs:
+        spec.create(group, rows, videos_per_shard)
+    for ordinal, shard in enumerate(shards):
+        files = {}
+        for spec in specs:
+            tail = "/".join(["0"] * len(spec.item))
+            source = shard.folder / spec.name / "c" / "0" / tail
+            if not source.exists():
+                continue
+            target = group / spec.name / "c" / str(ordinal) / tail
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.link(source, target)
+            files[str(target.relative_to(out))] = {"sha256": file_digest(source), "bytes": source.stat().st_size}
+        entries.append({"ids": list(shard.ids), "key": shard.key, "files": files})
+    described = [asdict(spec) for spec in specs]
+    body = {"format": FORMAT, **manifest, "videos_per_shard": videos_per_shard, "arrays": described, "shards": entries}
+    write_json(out / MANIFEST, body)
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_json(path: Path, body: Mapping[str, Any]) -> None:
+    """Write JSON atomically: readers see the old file or the whole new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(body, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of the store or stage output in folder ``path``.
+
+    Raises:
+        StoreError: the folder has no manifest (the stage has not run, or was interrupted) or another format.
+    """
+    file = path / MANIFEST
+    if not file.exists():
+        raise StoreError(
+            f"{path} holds no {MANIFEST}: its stage has not run or did not finish",
+            remedy=f"run `dvc repro` up to the stage that writes {path}",
+        )
+    manifest = json.loads(file.read_text())
+    if manifest.get("format") != FORMAT:
+        raise StoreError(
+            f"{file} has format {manifest.get('format')!r}, this version reads {FORMAT}",
+            remedy="rebuild the stage with this version: `dvc repro --force` on it",
+        )
+    return manifest
+
+
+class Store:
+    """A finished store, opened for reading. Cheap to open, safe to open again in a spawned worker."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.manifest = read_manifest(self.path)
+        self.specs = {a["name"]: a for a in self.manifest["arrays"]}
+        v = self.manifest["videos_per_shard"]
+        self._row: dict[int, int] = {}
+        self._shard: dict[int, dict[str, Any]] = {}
+        for ordinal, shard in enumerate(self.manifest["shards"]):
+            for relative, entry in shard["files"].items():
+                file = self.path / relative
+                if not file.exists() or file.stat().st_size != entry["bytes"]:
+                    found = file.stat().st_size if file.exists() else "no file"
+                    raise StoreError(
+                        f"{file}: the manifest promises {entry['bytes']} bytes, found {found}",
+                        remedy="remove the folder and run `dvc repro`: undamaged shards are linked, not recomputed",
+                    )
+            for i in shard["ids"]:
+                self._row[i] = ordinal * v + i % v
+                self._shard[i] = shard
+        self._arrays = {name: self._open(name) for name in self.specs}
+
+    def _open(self, name: str) -> zarr.Array:
+        return zarr.open_array(store=str(self.path / GROUP / name), mode="r")
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Ids of the videos that are here and good, in ascending order."""
+        return tuple(sorted(self._row))
+
+    def shard_digest(self, video: int) -> str:
+        """One digest for everything in the shard that holds ``video``: the part of a downstream shard's key."""
+        files = self._shard[video]["files"]
+        joined = "\n".join(f"{name.split('/')[1]} {entry['sha256']}" for name, entry in sorted(files.items()))
+        return hashlib.sha256(joined.encode()).hexdigest()
+
+    def read(self, name: str, video: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """``name`` of one video, time steps ``start`` to ``stop``, as stored.
+
+        Raises:
+            StoreError: the store has no such array or no such video, or the data fail their checksum.
+        """
+        if name not in self._arrays:
+            raise StoreError(
+                f"{self.path} has no array {name!r}; it has {sorted(self._arrays)}", remedy="name one of these"
+            )
+        if video not in self._row:
+            bad = {q["id"]: q["reason"] for q in self.manifest.get("quarantine", [])}
+            why = f"quarantined: {bad[video]}" if video in bad else "not part of this data set"
+            raise StoreError(
+                f"{self.path} holds no video {video} ({why})", remedy="choose one of the ids in its manifest"
+            )
+        try:
+            return np.asarray(self._arrays[name][self._row[video], start:stop])
+        except (ValueError, RuntimeError) as error:
+            raise StoreError(
+                f"{self.path / name}: video {video}, steps {start}:{stop} cannot be decoded ({error})",
+                remedy="the shard is damaged: remove the folder and run `dvc repro`",
+            ) from error
+
+    def read_flow(self, name: str, video: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Flow in pixels, float32 (t, 2, h, w), out of its stored int16."""
+        return self.read(name, video, start, stop).astype(np.float32) / FLOW_SCALE
+
+
+def pack_flow(flow: np.ndarray) -> np.ndarray:
+    """Flow in pixels to int16 in 1/32 px, rounded to nearest.
+
+    Raises:
+        StoreError: a vector is not finite or exceeds the +-1023 px that int16 can hold.
+    """
+    peak = float(np.abs(flow).max(initial=0.0))
+    if not peak < 1023:
+        raise StoreError(
+            f"a flow vector of {peak} px cannot be stored (limit 1023 px, and finite)",
+            remedy="look at the teacher's output for this video with `clevrcast teachers`",
+        )
+    return np.rint(flow * FLOW_SCALE).astype(np.int16)
