@@ -1,0 +1,229 @@
+"""Statistics of predictions: sums and counts per (video, step) that add up exactly.
+
+A *statistic* is a quantity whose mean over pixels, frames and windows is meaningful (squared error, SSIM, end-point
+error, counts of a confusion matrix). A *metric* (`models.metrics`) is computed from mean statistics and never
+averaged itself. The split is that of Rasp et al., WeatherBench 2 / WeatherBench-X.
+
+Totals are kept in float64 as multiples of 2**-32, so that adding them is exact as long as the total of one video and
+step stays below 2**21: batches, shards, workers and restarts then combine to the same bits in any order. Larger
+totals are merely accurate to float64. What was not measured has a count of zero or no entry, never a value of zero.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float64, Int, Int64
+from torch import Tensor
+
+from data.errors import EmptyError, NonFiniteError
+
+SSIM_WINDOW = 11
+SSIM_SIGMA = 1.5
+FRAME_PSNR_CAP_DB = 100.0
+_GRID = 2.0**32
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """``total / count`` is the mean. Rows ``n`` are windows of a batch or videos of a `State`; ``y`` are steps."""
+
+    total: Float64[np.ndarray, "n y"]
+    count: Float64[np.ndarray, "n y"]
+
+
+@dataclass(frozen=True)
+class State:
+    """What an evaluation remembers: one `Statistic` per name with one row per video (ids ascending, unique)."""
+
+    videos: Int64[np.ndarray, " v"]
+    statistics: dict[str, Statistic]
+
+    @property
+    def horizon(self) -> int:
+        return next(iter(self.statistics.values())).total.shape[1]
+
+    def to_json(self) -> str:
+        """Text from which `from_json` restores the same bits."""
+        tables = {
+            name: {"total": s.total.tolist(), "count": s.count.tolist()} for name, s in sorted(self.statistics.items())
+        }
+        return json.dumps({"videos": self.videos.tolist(), "statistics": tables}, separators=(",", ":")) + "\n"
+
+
+def from_json(text: str) -> State:
+    """The inverse of `State.to_json`."""
+    raw = json.loads(text)
+    tables = {
+        name: Statistic(np.array(t["total"], dtype=np.float64), np.array(t["count"], dtype=np.float64))
+        for name, t in raw["statistics"].items()
+    }
+    return State(np.array(raw["videos"], dtype=np.int64), tables)
+
+
+def state_of(videos: Int[np.ndarray, " n"], statistics: Mapping[str, Statistic]) -> State:
+    """Sums the rows that belong to one video. ``videos[i]`` is the id behind row ``i``; at least one row."""
+    if len(videos) == 0 or not statistics:
+        raise EmptyError("no window was measured", remedy="check the split, the window stride and the horizon")
+    ids, row = np.unique(videos.astype(np.int64), return_inverse=True)
+
+    def grouped(values: Float64[np.ndarray, "n y"]) -> Float64[np.ndarray, "v y"]:
+        out = np.zeros((len(ids), values.shape[1]))
+        np.add.at(out, row, values)
+        return out
+
+    return State(ids, {name: Statistic(grouped(s.total), grouped(s.count)) for name, s in statistics.items()})
+
+
+def merge(*states: State) -> State:
+    """The state of all windows behind ``states``. A statistic that one of them lacks counts zero there.
+
+    Raises `EmptyError` without states and `ValueError` where horizons differ.
+    """
+    if not states:
+        raise EmptyError("there is no evaluation state to merge", remedy="evaluate at least one window")
+    horizons = sorted({s.horizon for s in states})
+    if len(horizons) > 1:
+        raise ValueError(f"states of different horizons cannot be merged: {horizons} steps")
+    names = sorted({name for s in states for name in s.statistics})
+    absent = [Statistic(*np.zeros((2, len(s.videos), horizons[0]))) for s in states]
+    rows = {name: [s.statistics.get(name, a) for s, a in zip(states, absent, strict=True)] for name in names}
+    joined = {
+        name: Statistic(np.concatenate([s.total for s in parts]), np.concatenate([s.count for s in parts]))
+        for name, parts in rows.items()
+    }
+    return state_of(np.concatenate([s.videos for s in states]), joined)
+
+
+def check_finite(
+    values: Float[Tensor, "b y ..."],
+    videos: Int[Tensor, " b"] | Int[np.ndarray, " b"],
+    starts: Int[Tensor, " b"] | Int[np.ndarray, " b"],
+    what: str,
+) -> None:
+    """Raises `NonFiniteError` naming the first video, window and step (from 1) at which ``values`` is NaN or inf."""
+    bad = (~torch.isfinite(values)).flatten(2).any(dim=2)
+    if bool(bad.any()):
+        row, step = (int(i) for i in bad.nonzero()[0])
+        found = values[row, step]
+        kinds = f"{int(found.isnan().sum())} NaN and {int(found.isinf().sum())} infinite of {found.numel()} values"
+        raise NonFiniteError(
+            f"{what} of video {int(videos[row])}, window starting at frame {int(starts[row])}, "
+            f"is not finite at step {step + 1}: {kinds}",
+            remedy="look at the training log of this predictor for the step at which its loss left the finite range",
+        )
+
+
+def picture_statistics(
+    prediction: Float[Tensor, "b y 3 h w"],
+    truth: Float[Tensor, "b y 3 h w"],
+    last: Float[Tensor, "b 3 h w"],
+    foreground: Float[Tensor, "b y h w"] | Bool[Tensor, "b y h w"] | None = None,
+) -> dict[str, Statistic]:
+    """Frames in [0, 1] against the truth; ``last`` is the last observed frame, ``foreground`` belongs to the truth.
+
+    ``squared_error`` and ``squared_error_copy`` (copy_last on the same window) average over pixels and channels;
+    the ``fg_`` versions over pixels whose foreground exceeds 0.5; ``psnr_frame`` and ``ssim`` over frames.
+    """
+    b, y, c, h, w = truth.shape
+    error = (prediction.double() - truth.double()).square()
+    error_copy = (last.double()[:, None] - truth.double()).square()
+    pixels = torch.full((b, y), float(c * h * w), dtype=torch.float64)
+    frames = torch.ones((b, y), dtype=torch.float64)
+    mse = error.mean(dim=(2, 3, 4))
+    psnr = -10 * torch.log10(mse.clamp(min=10 ** (-FRAME_PSNR_CAP_DB / 10)))
+    similarity = ssim(prediction.flatten(0, 1), truth.flatten(0, 1)).reshape(b, y)
+    out = {
+        "squared_error": _statistic(error.sum(dim=(2, 3, 4)), pixels),
+        "squared_error_copy": _statistic(error_copy.sum(dim=(2, 3, 4)), pixels),
+        "psnr_frame": _statistic(psnr, frames),
+        "ssim": _statistic(similarity, frames),
+    }
+    if foreground is not None:
+        inside = (foreground > 0.5).double()[:, :, None]
+        count = c * inside.sum(dim=(2, 3, 4))
+        out["fg_squared_error"] = _statistic((error * inside).sum(dim=(2, 3, 4)), count)
+        out["fg_squared_error_copy"] = _statistic((error_copy * inside).sum(dim=(2, 3, 4)), count)
+    return out
+
+
+def flow_statistics(
+    flow_bwd: Float[Tensor, "b y 2 h w"],
+    true_flow_bwd: Float[Tensor, "b y 2 h w"],
+    true_visible: Float[Tensor, "b y 1 h w"] | None = None,
+    *,
+    moving_px: float = 0.5,
+) -> dict[str, Statistic]:
+    """End-point error ``|flow - truth|`` in pixels of (h, w): ``epe`` over all pixels, ``epe_moving`` where the
+    truth moves by more than ``moving_px``, ``epe_background`` elsewhere, ``epe_visible`` where ``true_visible`` > 0.5.
+    """
+    truth = true_flow_bwd.double()
+    error = (flow_bwd.double() - truth).square().sum(dim=2).sqrt()
+    moving = truth.square().sum(dim=2).sqrt() > moving_px
+    regions = {"epe": torch.ones_like(moving), "epe_moving": moving, "epe_background": ~moving}
+    if true_visible is not None:
+        regions["epe_visible"] = true_visible[:, :, 0] > 0.5
+    return {
+        name: _statistic((error * region).sum(dim=(2, 3)), region.double().sum(dim=(2, 3)))
+        for name, region in regions.items()
+    }
+
+
+def visibility_statistics(
+    visible: Float[Tensor, "b y 1 h w"], true_visible: Float[Tensor, "b y 1 h w"]
+) -> dict[str, Statistic]:
+    """Confusion of the *non-visible* class (visibility of 0.5 or less), as fractions of all pixels.
+
+    ``nonvisible_hit`` true positives, ``nonvisible_false`` false positives, ``nonvisible_miss`` false negatives.
+    """
+    said, true = visible[:, :, 0] <= 0.5, true_visible[:, :, 0] <= 0.5
+    pixels = torch.full(said.shape[:2], float(said.shape[2] * said.shape[3]), dtype=torch.float64)
+    cells = {"nonvisible_hit": said & true, "nonvisible_false": said & ~true, "nonvisible_miss": ~said & true}
+    return {name: _statistic(cell.double().sum(dim=(2, 3)), pixels) for name, cell in cells.items()}
+
+
+def ssim(a: Float[Tensor, "n c h w"], b: Float[Tensor, "n c h w"]) -> Float64[Tensor, " n"]:
+    """Structural similarity of images in [0, 1], in [-1, 1], averaged over channels and pixels; 1 is identical.
+
+    Wang et al. 2004, equation 13: Gaussian window 11x11 with sigma 1.5, K1 = 0.01, K2 = 0.03, population
+    covariance, only windows that lie inside the image. Computed in float64: float32 loses the variance of flat
+    regions to cancellation. Raises `ValueError` for images smaller than the window.
+    """
+    h, w = a.shape[-2:]
+    if min(h, w) < SSIM_WINDOW:
+        raise ValueError(f"SSIM needs at least {SSIM_WINDOW}x{SSIM_WINDOW} pixels, got {h}x{w}")
+    x, y = a.double(), b.double()
+    rows, cols = _gaussian_band(h, x.device), _gaussian_band(w, x.device).T
+
+    def blur(image: Tensor) -> Tensor:
+        return rows @ image @ cols
+
+    mean_x, mean_y = blur(x), blur(y)
+    var_x = blur(x * x) - mean_x.square()
+    var_y = blur(y * y) - mean_y.square()
+    covariance = blur(x * y) - mean_x * mean_y
+    c1, c2 = 0.01**2, 0.03**2
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x.square() + mean_y.square() + c1)
+    structure = (2 * covariance + c2) / (var_x + var_y + c2)
+    return (luminance * structure).mean(dim=(1, 2, 3))
+
+
+def _gaussian_band(size: int, device: torch.device) -> Float64[Tensor, "valid size"]:
+    """The Gaussian window as a banded matrix: two dense products beat a float64 convolution on CPU and GPU."""
+    offsets = torch.arange(SSIM_WINDOW, dtype=torch.float64, device=device) - SSIM_WINDOW // 2
+    kernel = torch.exp(-offsets.square() / (2 * SSIM_SIGMA**2))
+    kernel = kernel / kernel.sum()
+    valid = size - SSIM_WINDOW + 1
+    columns = torch.arange(valid, device=device)[:, None] + torch.arange(SSIM_WINDOW, device=device)
+    return torch.zeros(valid, size, dtype=torch.float64, device=device).scatter_(
+        1, columns, kernel.expand(valid, SSIM_WINDOW).contiguous()
+    )
+
+
+def _statistic(total: Float64[Tensor, "b y"], count: Float64[Tensor, "b y"]) -> Statistic:
+    on_grid = np.round(total.detach().cpu().numpy() * _GRID) / _GRID
+    return Statistic(on_grid, count.detach().cpu().numpy())
