@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Self
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from data.errors import EmptyError, StoreError
+from data.resize import resize_field, resize_flow
+from data.store import FLOW_SCALE, Store
 
 
 @dataclass(frozen=True)
@@ -36,8 +43,8 @@ class Clip:
         return value
 
     def to(self, device: torch.device | str) -> Self:
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return type(self)(**{k: v.to(device, non_blocking=True) if v is not None else None for k, v in moved.items()})
+        moved = {f.name: value.to(device) for f in fields(self) if (value := getattr(self, f.name)) is not None}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)
@@ -47,3 +54,130 @@ class Context:
     frames: Float[Tensor, "b x 3 h w"]
     flow_bwd: Float[Tensor, "b x-1 2 h w"]
     visible: Float[Tensor, "b x-1 1 h w"]
+
+
+FIELDS = ("frames", "latents", "flow_bwd", "visible")
+"""Loadable fields of a `Clip`."""
+
+
+class ClipSource:
+    """Windows of consecutive frames over a set of videos, on one pixel grid, from finished stores.
+
+    Nothing is decoded here. Fields are brought to the grid (h, w) once per video and kept, compactly, while they fit
+    into ``cache_bytes``; past that every window is read from its chunks.
+    """
+
+    def __init__(
+        self, stores: dict[str, Store], *, height: int, width: int, videos: Sequence[int], cache_bytes: int = 4 << 30
+    ) -> None:
+        """``stores`` maps each field in use to the store that holds it (see `FIELDS`).
+
+        Raises:
+            EmptyError: no video is left that every store holds.
+        """
+        self.stores, self.height, self.width, self.cache_bytes = stores, height, width, cache_bytes
+        held = [set(store.ids) for store in stores.values()]
+        self.videos = tuple(v for v in sorted(videos) if all(v in ids for ids in held))
+        if not self.videos:
+            raise EmptyError(
+                f"none of the {len(videos)} videos asked for is in every store "
+                f"({', '.join(f'{name}: {len(store.ids)} videos' for name, store in stores.items())})",
+                remedy="look at the quarantine in their manifests, and at acquire.videos",
+            )
+        lengths = {int(store.specs[_ARRAYS[name][0]]["item"][0]) for name, store in stores.items() if name in _FRAMED}
+        if len(lengths) > 1:
+            raise StoreError(
+                f"the stores disagree on the number of frames: {sorted(lengths)}",
+                remedy="run `dvc repro`: one of them was built with another decode.stride",
+            )
+        if not lengths:
+            raise ValueError(f"at least one of {sorted(_FRAMED)} must be among the fields, found {sorted(stores)}")
+        self.length = lengths.pop()
+        self._cache: dict[tuple[str, int], Tensor] = {}
+        self._cached = 0
+
+    def windows(self, length: int, every: int = 1) -> list[tuple[int, int]]:
+        """(video, first frame) of every window of ``length`` frames that starts at a multiple of ``every``.
+
+        Raises:
+            EmptyError: the videos are shorter than one window.
+        """
+        starts = range(0, self.length - length + 1, every)
+        if not starts:
+            raise EmptyError(
+                f"a window of {length} frames does not fit into videos of {self.length}",
+                remedy="shorten the context, the horizon or the training clip, or lower decode.stride",
+            )
+        return [(video, start) for video in self.videos for start in starts]
+
+    def clip(self, windows: Sequence[tuple[int, int]], length: int) -> Clip:
+        """The windows as one batch; pairs (``flow_bwd``, ``visible``) number one less than frames."""
+        loaded = {
+            name: torch.stack([self._window(name, video, start, length) for video, start in windows])
+            for name in self.stores
+        }
+        video, start = (torch.tensor(column) for column in zip(*windows, strict=True))
+        return Clip(video=video, start=start, **loaded)
+
+    def batches(self, length: int, batch: int, *, seed: int, first: int = 0) -> Iterator[Clip]:
+        """Endless shuffled batches; batch ``first`` onwards, so that training resumes where it stopped.
+
+        The order is a function of ``seed`` alone: epoch e is permuted by the generator of (seed, e), and an
+        incomplete batch is filled from the next epoch.
+        """
+        windows = self.windows(length)
+        orders: dict[int, np.ndarray] = {}
+        for position in itertools.count(first * batch, batch):
+            chosen = []
+            for epoch, offset in (divmod(k, len(windows)) for k in range(position, position + batch)):
+                if epoch not in orders:
+                    orders = {epoch: np.random.default_rng((seed, epoch)).permutation(len(windows))}
+                chosen.append(windows[orders[epoch][offset]])
+            yield self.clip(chosen, length)
+
+    def _window(self, name: str, video: int, start: int, length: int) -> Tensor:
+        stop = start + length - (name in _PAIRS)
+        if (name, video) not in self._cache and self._cached < self.cache_bytes:
+            whole = self._load(name, video, 0, None)
+            self._cache[name, video] = whole
+            self._cached += whole.nbytes
+        held = self._cache.get((name, video))
+        part = held[start:stop] if held is not None else self._load(name, video, start, stop)
+        return part.float() / 255 if part.dtype == torch.uint8 else part.float()
+
+    def _load(self, name: str, video: int, start: int, stop: int | None) -> Tensor:
+        array, prepare = _ARRAYS[name]
+        stored = self.stores[name].read(array, video, start, stop)
+        return prepare(stored, self.height, self.width)
+
+
+def _frames(stored: np.ndarray, height: int, width: int) -> Tensor:
+    if stored.shape[1:3] != (height, width):
+        raise StoreError(
+            f"frames are stored at {list(stored.shape[1:3])}, the model works at {[height, width]}",
+            remedy="use decode.resolution for the model",
+        )
+    return torch.from_numpy(stored).permute(0, 3, 1, 2).contiguous()
+
+
+def _flow(stored: np.ndarray, height: int, width: int) -> Tensor:
+    # float16 resolves 1/64 px at 16 px, the rounding that the store itself makes.
+    return resize_flow(torch.from_numpy(stored.astype(np.float32) / FLOW_SCALE), height, width).half()
+
+
+def _visible(stored: np.ndarray, height: int, width: int) -> Tensor:
+    return resize_field(torch.from_numpy(stored.astype(np.float32) / 255)[:, None], height, width).half()
+
+
+def _latents(stored: np.ndarray, height: int, width: int) -> Tensor:
+    return torch.from_numpy(stored)
+
+
+_ARRAYS: dict[str, tuple[str, Callable[[np.ndarray, int, int], Tensor]]] = {
+    "frames": ("frames", _frames),
+    "latents": ("latents", _latents),
+    "flow_bwd": ("flow_bwd", _flow),
+    "visible": ("visible", _visible),
+}
+_PAIRS = frozenset({"flow_bwd", "visible"})
+_FRAMED = frozenset({"frames", "latents"})

@@ -17,6 +17,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from data.resize import resize_flow
+
+__all__ = ["advect_flow", "backward_warp", "resize_flow"]
+
 
 def backward_warp(
     source: Float[Tensor, "b c h w"], flow_bwd: Float[Tensor, "b 2 h w"], *, mode: str = "bilinear"
@@ -38,24 +42,6 @@ def backward_warp(
         grid = torch.stack([grid_x, grid_y], dim=-1)
         out = F.grid_sample(source.float(), grid, mode=mode, padding_mode="border", align_corners=False)
     return out.to(source.dtype)
-
-
-def resize_flow(flow: Float[Tensor, "b 2 h w"], height: int, width: int) -> Float[Tensor, "b 2 h2 w2"]:
-    """The same motion on another grid: vectors averaged over (or interpolated between) cells, then rescaled.
-
-    Shrinking averages over areas (every vector counts once); growing interpolates bilinearly.
-    """
-    h, w = flow.shape[-2:]
-    if (h, w) == (height, width):
-        return flow
-    shrink = height <= h and width <= w
-    out = (
-        F.interpolate(flow, (height, width), mode="area")
-        if shrink
-        else F.interpolate(flow, (height, width), mode="bilinear", align_corners=False)
-    )
-    scale = torch.tensor([width / w, height / h], device=flow.device, dtype=flow.dtype)
-    return out * scale[None, :, None, None]
 
 
 def advect_flow(flow_bwd: Float[Tensor, "b 2 h w"]) -> Float[Tensor, "b 2 h w"]:
