@@ -96,7 +96,8 @@ def error_legend(height: int, width: int, full_scale: float = ERROR_FULL_SCALE) 
 def panel(images: Sequence[Image], labels: Sequence[str], *, columns: int, scale: int = 1) -> Sheet:
     """Images of one size in rows of ``columns``, each below its label, enlarged ``scale`` times without blurring.
 
-    Labels shrink until they fit the width. Raises `ValueError` for no images, or other numbers of labels or sizes.
+    Labels shrink until they fit the width; both sides are padded to even numbers, so a panel can be filmed. Raises
+    `ValueError` for no images, or other numbers of labels or sizes.
     """
     if not images or len(images) != len(labels):
         raise ValueError(f"a panel needs as many labels as images, and one at least: {len(labels)}, {len(images)}")
@@ -107,7 +108,8 @@ def panel(images: Sequence[Image], labels: Sequence[str], *, columns: int, scale
     blank = np.full_like(tiles[0], _PAPER[0])
     tiles += [blank] * (-len(tiles) % columns)
     rows = [np.concatenate(tiles[i : i + columns], axis=1) for i in range(0, len(tiles), columns)]
-    return np.concatenate(rows, axis=0)
+    sheet = np.concatenate(rows, axis=0)
+    return np.pad(sheet, ((0, sheet.shape[0] % 2), (0, sheet.shape[1] % 2), (0, 0)), constant_values=_PAPER[0])
 
 
 def _labelled(image: Image, label: str, scale: int) -> Sheet:

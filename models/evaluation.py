@@ -1,0 +1,315 @@
+"""Evaluation: roll a predictor out on held-out windows, add up statistics, keep a few windows to look at.
+
+One pass over the windows. Memory holds one batch, one row of sums per video and a fixed number of example windows,
+however many windows there are (OpenSTL issue 66). `models.results` writes what comes out.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float64, Int, UInt8
+from torch import Tensor
+
+from data.clips import Context
+from data.errors import EmptyError
+from data.picture import to_uint8
+from models.predictor import Predictor, Rollout
+from models.statistics import (
+    State,
+    Statistic,
+    check_finite,
+    flow_statistics,
+    merge,
+    picture_statistics,
+    state_of,
+    visibility_statistics,
+)
+
+_PENDING = 32
+_RESERVOIR = 15
+
+
+@dataclass(frozen=True)
+class Window:
+    """A batch of ``b`` evaluation windows: what a rollout may see (``context``) and what happened then.
+
+    ``frames`` in [0, 1]; ``foreground`` (above 0.5: a moving or movable object) belongs to ``frames``.
+    ``true_flow_bwd[:, k]`` lives on future frame k and points to the frame before it, in pixels of (h, w);
+    ``true_visible`` likewise, 1 where that pixel was visible in the frame before. None where there is no truth.
+    """
+
+    video: Int[Tensor, " b"]
+    start: Int[Tensor, " b"]
+    context: Context
+    frames: Float[Tensor, "b y 3 h w"]
+    foreground: Float[Tensor, "b y h w"] | Bool[Tensor, "b y h w"] | None = None
+    true_flow_bwd: Float[Tensor, "b y 2 h w"] | None = None
+    true_visible: Float[Tensor, "b y 1 h w"] | None = None
+
+
+@dataclass(frozen=True)
+class Example:
+    """One window kept to be looked at, with the rules that chose it (see `Examples`)."""
+
+    rules: tuple[str, ...]
+    video: int
+    start: int
+    context: UInt8[np.ndarray, "x h w 3"]
+    truth: UInt8[np.ndarray, "y h w 3"]
+    prediction: UInt8[np.ndarray, "y h w 3"]
+    mse: Float64[np.ndarray, " y"]
+    mse_copy: Float64[np.ndarray, " y"]
+    flow_bwd: Float[np.ndarray, "y 2 h w"] | None = None
+    visible: Float[np.ndarray, "y h w"] | None = None
+    true_flow_bwd: Float[np.ndarray, "y 2 h w"] | None = None
+    true_visible: Float[np.ndarray, "y h w"] | None = None
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Frames predicted and the seconds they took: the rollout alone, without loading and without the first batch
+    (which warms up) when there are more."""
+
+    frames: int
+    seconds: float
+
+    @property
+    def frames_per_second(self) -> float:
+        return self.frames / self.seconds
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one predictor did on all windows. Everything but ``speed`` repeats with the seed. ``parameters`` counts
+    everything that a rollout runs, frozen and borrowed modules included."""
+
+    name: str
+    state: State
+    parameters: int
+    examples: tuple[Example, ...]
+    speed: Speed
+
+    @property
+    def windows(self) -> int:
+        return int(self.state.statistics["ssim"].count[:, 0].sum())
+
+
+class Examples:
+    """Chooses windows while they stream past, by rules that can be read below a picture.
+
+    ``first``: the first window. ``best``, ``worst``: the largest and smallest gain, which is the MSE of copy_last
+    minus that of the prediction, mean over steps. ``most motion``: the largest MSE of copy_last, hence the same window
+    for every predictor. ``median`` (of gain), ``median motion`` (of the MSE of copy_last): the middle one of 15
+    windows drawn at random without regard to the result. Ties go to the earlier window.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._rng = np.random.default_rng(seed)
+        self._seen = 0
+        self._extreme: dict[str, tuple[float, Example]] = {}
+        self._drawn: list[Example] = []
+
+    def offer(self, gain: float, motion: float, video: int, start: int, make: Callable[[], Example]) -> None:
+        """Considers one window; ``make`` is called at most once and only if some rule keeps it."""
+        made: list[Example] = []
+
+        def example() -> Example:
+            if not made:
+                made.append(make())
+            return made[0]
+
+        for rule, value in (("first", 0.0), ("best", gain), ("worst", -gain), ("most motion", motion)):
+            if rule not in self._extreme or value > self._extreme[rule][0]:
+                self._extreme[rule] = (value, example())
+        # Algorithm R (Vitter 1985): every window is equally likely to be among the drawn.
+        place = self._seen if self._seen < _RESERVOIR else int(self._rng.integers(self._seen + 1))
+        if place < _RESERVOIR:
+            self._drawn[place : place + 1] = [example()]
+        self._seen += 1
+
+    def chosen(self) -> tuple[Example, ...]:
+        """The examples, each once with all the rules that chose it."""
+        picks = {rule: kept for rule, (_, kept) in self._extreme.items()}
+        if self._drawn:
+            by_gain = sorted(self._drawn, key=lambda e: float((e.mse_copy - e.mse).mean()))
+            by_motion = sorted(self._drawn, key=lambda e: float(e.mse_copy.mean()))
+            picks |= {"median": by_gain[len(by_gain) // 2], "median motion": by_motion[len(by_motion) // 2]}
+        rules: dict[tuple[int, int], list[str]] = {}
+        for rule, kept in picks.items():
+            rules.setdefault((kept.video, kept.start), []).append(rule)
+        by_place = {(kept.video, kept.start): kept for kept in picks.values()}
+        return tuple(replace(by_place[place], rules=tuple(names)) for place, names in rules.items())
+
+
+def evaluate(
+    predictor: Predictor,
+    windows: Iterable[Window],
+    *,
+    name: str,
+    seed: int,
+    device: torch.device | str = "cpu",
+    moving_px: float = 0.5,
+) -> Evaluation:
+    """Rolls ``predictor`` out on every window, in evaluation mode and `torch.inference_mode`.
+
+    Each batch draws from a generator (on ``device``) seeded by ``seed`` and the batch's first window, so that a
+    result does not depend on the batches before it. ``moving_px`` divides moving from background pixels in the
+    end-point errors. Raises `EmptyError` without windows, `NonFiniteError` naming video, window and step, and
+    `ValueError` for a rollout of another shape or with colours outside [0, 1].
+    """
+    device = torch.device(device)
+    was_training = predictor.training
+    predictor.to(device).eval()
+
+    def predict(window: Window) -> Rollout:
+        first = [seed, int(window.video[0]), int(window.start[0])]
+        generator = torch.Generator(device).manual_seed(int(np.random.SeedSequence(first).generate_state(1)[0]))
+        return predictor.rollout(window.context, window.frames.shape[1], generator)
+
+    try:
+        parameters = sum(p.numel() for p in predictor.parameters())
+        return _measure(predict, windows, name, seed, device, moving_px, parameters)
+    finally:
+        predictor.train(was_training)
+
+
+def evaluate_reconstruction(
+    reconstruct: Callable[[Float[Tensor, "n 3 h w"]], Float[Tensor, "n 3 h w"]],
+    windows: Iterable[Window],
+    *,
+    name: str,
+    seed: int,
+    device: torch.device | str = "cpu",
+    parameters: int = 0,
+) -> Evaluation:
+    """The ceiling of everything that predicts latents: the *true* future through encoder and decoder.
+
+    The same windows, statistics and errors as `evaluate`. Results are cut to [0, 1], as a decoder may overshoot.
+    """
+
+    def predict(window: Window) -> Rollout:
+        b, y = window.frames.shape[:2]
+        return Rollout(reconstruct(window.frames.flatten(0, 1)).clamp(0, 1).unflatten(0, (b, y)))
+
+    return _measure(predict, windows, name, seed, torch.device(device), 0.5, parameters)
+
+
+def _measure(
+    predict: Callable[[Window], Rollout],
+    windows: Iterable[Window],
+    name: str,
+    seed: int,
+    device: torch.device,
+    moving_px: float,
+    parameters: int,
+) -> Evaluation:
+    pending: list[State] = []
+    examples = Examples(seed)
+    warmup, rest = Speed(0, 0.0), Speed(0, 0.0)
+    for batch in windows:
+        window = _on(batch, device)
+        with torch.inference_mode():
+            rollout, seconds = _timed(predict, window, device)
+            _check(rollout, window, name)
+            statistics = _statistics(rollout, window, moving_px)
+        pending.append(state_of(window.video.cpu().numpy(), statistics))
+        if len(pending) == _PENDING:
+            pending = [merge(*pending)]
+        b, y = window.frames.shape[:2]
+        if warmup.frames == 0:
+            warmup = Speed(b * y, seconds)
+        else:
+            rest = Speed(rest.frames + b * y, rest.seconds + seconds)
+        _offer(examples, statistics, rollout, window)
+    if not pending:
+        raise EmptyError(
+            f"{name}: there is no window to evaluate",
+            remedy="check the split, the number of frames per video, and context + horizon of the protocol",
+        )
+    return Evaluation(name, merge(*pending), parameters, examples.chosen(), rest if rest.frames else warmup)
+
+
+def _on(window: Window, device: torch.device) -> Window:
+    # Outside inference mode, so that a predictor which adapts at test time can still take gradients.
+    moved = {k: v.to(device) for k, v in vars(window).items() if isinstance(v, Tensor)}
+    return replace(window, context=Context(**{k: v.to(device) for k, v in vars(window.context).items()}), **moved)
+
+
+def _timed(predict: Callable[[Window], Rollout], window: Window, device: torch.device) -> tuple[Rollout, float]:
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    begin = now()
+    rollout = predict(window)
+    return rollout, now() - begin
+
+
+def _check(rollout: Rollout, window: Window, name: str) -> None:
+    if rollout.frames.shape != window.frames.shape:
+        raise ValueError(
+            f"{name} predicted frames of shape {tuple(rollout.frames.shape)}, "
+            f"the window asks for {tuple(window.frames.shape)}"
+        )
+    heads = {"frames": rollout.frames, "flow_bwd": rollout.flow_bwd, "visible": rollout.visible}
+    for head, values in heads.items():
+        if values is not None:
+            check_finite(values, window.video, window.start, f"{name}: {head}")
+    low, high = float(rollout.frames.min()), float(rollout.frames.max())
+    if low < -1e-3 or high > 1 + 1e-3:
+        raise ValueError(f"{name} predicted colours from {low:.4f} to {high:.4f}; a rollout must stay in [0, 1]")
+
+
+def _statistics(rollout: Rollout, window: Window, moving_px: float) -> dict[str, Statistic]:
+    out = picture_statistics(rollout.frames, window.frames, window.context.frames[:, -1], window.foreground)
+    if rollout.flow_bwd is not None and window.true_flow_bwd is not None:
+        out |= flow_statistics(rollout.flow_bwd, window.true_flow_bwd, window.true_visible, moving_px=moving_px)
+    if rollout.visible is not None and window.true_visible is not None:
+        out |= visibility_statistics(rollout.visible, window.true_visible)
+    return out
+
+
+def _offer(examples: Examples, statistics: dict[str, Statistic], rollout: Rollout, window: Window) -> None:
+    error, copy = statistics["squared_error"], statistics["squared_error_copy"]
+    mse, mse_copy = error.total / error.count, copy.total / copy.count
+    for row in range(len(mse)):
+
+        def make(row: int = row) -> Example:
+            return _example(rollout, window, row, mse[row], mse_copy[row])
+
+        place = int(window.video[row]), int(window.start[row])
+        examples.offer(float((mse_copy[row] - mse[row]).mean()), float(mse_copy[row].mean()), *place, make)
+
+
+def _example(
+    rollout: Rollout, window: Window, row: int, mse: Float64[np.ndarray, " y"], mse_copy: Float64[np.ndarray, " y"]
+) -> Example:
+    def picture(frames: Float[Tensor, "b t 3 h w"]) -> UInt8[np.ndarray, "t h w 3"]:
+        return to_uint8(frames[row].float().cpu().numpy())
+
+    def field(values: Tensor | None) -> np.ndarray | None:
+        return None if values is None else values[row].float().cpu().numpy().astype(np.float16)
+
+    def mask(values: Tensor | None) -> np.ndarray | None:
+        return None if values is None else field(values[:, :, 0])
+
+    return Example(
+        rules=(),
+        video=int(window.video[row]),
+        start=int(window.start[row]),
+        context=picture(window.context.frames),
+        truth=picture(window.frames),
+        prediction=picture(rollout.frames),
+        mse=mse,
+        mse_copy=mse_copy,
+        flow_bwd=field(rollout.flow_bwd),
+        visible=mask(rollout.visible),
+        true_flow_bwd=field(window.true_flow_bwd),
+        true_visible=mask(window.true_visible),
+    )

@@ -1,0 +1,296 @@
+"""Evaluation: what is measured, what is kept, what is refused, and that written bytes repeat."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from data.clips import Clip, Context
+from data.errors import EmptyError, NonFiniteError, StoreError
+from models.evaluation import Evaluation, Examples, Window, evaluate, evaluate_reconstruction
+from models.metrics import METRICS, paired_difference, score
+from models.predictor import Predictor, Rollout
+from models.results import read_results, write_results
+from models.statistics import merge
+
+X, Y, H, W = 2, 4, 16, 24
+
+
+def window_batch(video: int, b: int = 2, *, truth: bool = True) -> Window:
+    """A bright square that moves right by 2 px a frame over a dark texture; its speed tells videos apart."""
+    speed = 1 + video % 3
+    texture = 0.2 * torch.rand(3, H, W, generator=torch.Generator().manual_seed(video))
+    frames = texture.repeat(b, X + Y, 1, 1, 1)
+    foreground = torch.zeros(b, X + Y, H, W)
+    for row in range(b):
+        for k in range(X + Y):
+            left = min(speed * k + row, W - 6)
+            frames[row, k, :, 5:11, left : left + 6] = 0.9
+            foreground[row, k, 5:11, left : left + 6] = 1
+    flow = torch.zeros(b, X + Y - 1, 2, H, W)
+    flow[:, :, 0] = -speed * foreground[:, 1:]
+    visible = torch.ones(b, X + Y - 1, 1, H, W)
+    visible[:, :, :, 5:11, :2] = 0
+    return Window(
+        video=torch.full((b,), video),
+        start=torch.arange(b) * 8,
+        context=Context(frames[:, :X], flow[:, : X - 1], visible[:, : X - 1]),
+        frames=frames[:, X:],
+        foreground=foreground[:, X:] if truth else None,
+        true_flow_bwd=flow[:, X - 1 :] if truth else None,
+        true_visible=visible[:, X - 1 :] if truth else None,
+    )
+
+
+def windows(videos: int = 6, **kwargs: bool) -> Iterator[Window]:
+    return (window_batch(v, **kwargs) for v in range(videos))
+
+
+class Untrained(Predictor):
+    def __init__(self) -> None:
+        super().__init__(height=H, width=W, context=X)
+        self.scale = torch.nn.Parameter(torch.ones(3))
+
+    def forward(self, batch: Clip) -> tuple[Tensor, dict[str, Tensor]]:
+        raise AssertionError("an evaluation trains nothing")
+
+
+class Copy(Untrained):
+    def rollout(self, context: Context, horizon: int, generator: torch.Generator) -> Rollout:
+        return Rollout(context.frames[:, -1:].repeat(1, horizon, 1, 1, 1))
+
+
+class Noisy(Untrained):
+    """Copies with noise that grows, and claims that nothing moves and everything is visible."""
+
+    def rollout(self, context: Context, horizon: int, generator: torch.Generator) -> Rollout:
+        assert torch.is_inference_mode_enabled()
+        assert not self.training
+        last = context.frames[:, -1:].repeat(1, horizon, 1, 1, 1)
+        noise = torch.randn(last.shape, generator=generator) * torch.linspace(0.01, 0.05, horizon)[:, None, None, None]
+        still = torch.zeros(last.shape[0], horizon, 2, H, W)
+        return Rollout((last + noise).clamp(0, 1), flow_bwd=still, visible=torch.ones_like(still[:, :, :1]))
+
+
+class Broken(Copy):
+    def __init__(self, video: int, value: float) -> None:
+        super().__init__()
+        self.left, self.value = 2 * video, value
+
+    def rollout(self, context: Context, horizon: int, generator: torch.Generator) -> Rollout:
+        out = super().rollout(context, horizon, generator)
+        if self.left == 0:
+            out.frames[1, 2, 0, 3, 3] = self.value
+        self.left -= 2
+        return out
+
+
+class Short(Copy):
+    def rollout(self, context: Context, horizon: int, generator: torch.Generator) -> Rollout:
+        return super().rollout(context, horizon - 1, generator)
+
+
+def test_copy_last_scores_zero_skill_on_every_region() -> None:
+    found = score(evaluate(Copy(), windows(), name="copy_last", seed=0).state, np.random.default_rng(0))
+    for name in ("skill", "fg_skill"):
+        assert [e.value for e in found[name].steps] == [0] * Y
+        assert (found[name].overall.low, found[name].overall.high) == (0, 0)
+    assert "epe" not in found, "copy_last has no flow head"
+
+
+def test_heads_are_measured_where_there_is_truth() -> None:
+    found = score(evaluate(Noisy(), windows(), name="noisy", seed=0).state, np.random.default_rng(0))
+    assert set(found) == set(METRICS)
+    speeds = np.mean([1, 2, 3])
+    assert found["epe_moving"].overall.value == pytest.approx(speeds)
+    assert found["epe_background"].overall.value == 0
+    assert found["nonvisible_recall"].overall.value == 0
+    without = evaluate(Noisy(), windows(truth=False), name="noisy", seed=0).state
+    assert not {"epe", "nonvisible_hit", "fg_squared_error"} & set(without.statistics)
+
+
+def test_parts_and_order_do_not_change_the_result() -> None:
+    whole = evaluate(Noisy(), windows(), name="noisy", seed=3).state
+    batches = list(windows())
+    parts = [
+        evaluate(Noisy(), [batches[i] for i in part], name="noisy", seed=3).state for part in ((4, 1), (5, 0, 2, 3))
+    ]
+    assert merge(*parts).to_json() == whole.to_json()
+    other = evaluate(Noisy(), windows(), name="noisy", seed=4).state
+    assert other.to_json() != whole.to_json()
+
+
+def test_many_batches_are_compacted_to_the_same_sums() -> None:
+    repeated = evaluate(Copy(), (window_batch(v % 3) for v in range(70)), name="copy", seed=0)
+    assert repeated.state.videos.tolist() == [0, 1, 2]
+    assert repeated.windows == 140
+    once = evaluate(Copy(), windows(3), name="copy", seed=0).state.statistics["squared_error"]
+    times = np.array([24, 23, 23])[:, None]
+    assert np.array_equal(repeated.state.statistics["squared_error"].total, once.total * times)
+
+
+def test_the_truth_reconstructed_exactly_is_the_ceiling() -> None:
+    found = evaluate_reconstruction(lambda frames: frames, windows(), name="vae", seed=0, parameters=9)
+    scores = score(found.state, np.random.default_rng(0))
+    assert scores["skill"].overall.value == 1
+    assert scores["psnr"].overall.value == 100
+    assert found.parameters == 9
+    coarse = evaluate_reconstruction(lambda f: (f * 8).round() / 7.5, windows(), name="vae", seed=0)
+    difference = paired_difference(coarse.state, found.state, "psnr", np.random.default_rng(0)).overall
+    assert difference.high < -50
+
+
+def test_training_mode_and_speed() -> None:
+    predictor = Noisy().train()
+    found = evaluate(predictor, windows(), name="noisy", seed=0)
+    assert predictor.training
+    assert found.parameters == 3
+    assert found.speed.frames == 5 * 2 * Y, "the first batch warms up"
+    assert found.speed.frames_per_second > 0
+    assert evaluate(predictor, windows(1), name="noisy", seed=0).speed.frames == 2 * Y
+
+
+def test_nothing_to_evaluate_is_an_error() -> None:
+    with pytest.raises(EmptyError, match="copy_last: there is no window"):
+        evaluate(Copy(), [], name="copy_last", seed=0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_not_finite_names_predictor_video_window_and_step(value: float) -> None:
+    with pytest.raises(NonFiniteError, match=r"bad: frames of video 4, window starting at frame 8, .* step 3"):
+        evaluate(Broken(4, value), windows(), name="bad", seed=0)
+
+
+def test_wrong_shapes_and_colours_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"bad predicted colours from .* to 7.0"):
+        evaluate(Broken(1, 7.0), windows(), name="bad", seed=0)
+    with pytest.raises(ValueError, match=r"shape \(2, 3, 3, 16, 24\), the window asks for \(2, 4, 3, 16, 24\)"):
+        evaluate(Short(), windows(), name="short", seed=0)
+
+
+# --- examples ----------------------------------------------------------------------------------------------------
+
+
+def test_examples_follow_their_rules() -> None:
+    found = evaluate(Noisy(), windows(), name="noisy", seed=0)
+    gains, motions = {}, {}
+    for batch in windows():
+        one = evaluate(Noisy(), [batch], name="noisy", seed=0)
+        for kept in one.examples:
+            gains[kept.video, kept.start] = float((kept.mse_copy - kept.mse).mean())
+            motions[kept.video, kept.start] = float(kept.mse_copy.mean())
+    assert len(gains) == 12
+    by_rule = {rule: (e.video, e.start) for e in found.examples for rule in e.rules}
+    assert set(by_rule) == {"first", "best", "worst", "median", "most motion", "median motion"}
+    assert by_rule["first"] == (0, 0)
+    assert gains[by_rule["best"]] == max(gains.values())
+    assert gains[by_rule["worst"]] == min(gains.values())
+    assert gains[by_rule["median"]] == sorted(gains.values())[6]
+    assert motions[by_rule["most motion"]] == max(motions.values())
+    assert motions[by_rule["median motion"]] == sorted(motions.values())[6]
+    copy = evaluate(Copy(), windows(), name="copy", seed=0)
+    same = {rule: (e.video, e.start) for e in copy.examples for rule in e.rules}
+    assert (same["most motion"], same["median motion"]) == (by_rule["most motion"], by_rule["median motion"])
+    example = found.examples[0]
+    assert example.context.shape == (X, H, W, 3)
+    assert example.truth.shape == example.prediction.shape == (Y, H, W, 3)
+    assert example.true_flow_bwd is not None
+    assert example.true_flow_bwd.shape == (Y, 2, H, W)
+
+
+def test_examples_kept_are_few_however_many_are_offered() -> None:
+    kept = evaluate(Copy(), windows(1), name="copy", seed=0).examples[0]
+    examples, made = Examples(seed=0), 0
+
+    def make() -> object:
+        nonlocal made
+        made += 1
+        return replace(kept, rules=())
+
+    rng = np.random.default_rng(0)
+    for k in range(3000):
+        examples.offer(float(rng.normal()), float(rng.normal()), k, 0, make)  # pyright: ignore[reportArgumentType]
+    assert len(examples._drawn) == 15
+    assert made < 300, "clips are only made of windows that are kept for a while"
+
+
+# --- the folder --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def evaluation() -> Evaluation:
+    return evaluate(Noisy(), windows(), name="noisy", seed=0)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_all_but_timings_repeats_byte_for_byte(evaluation: Evaluation, tmp_path: Path) -> None:
+    write_results(tmp_path / "a", evaluation, seed=1, fps=12.5)
+    again = evaluate(Noisy(), windows(), name="noisy", seed=0)
+    write_results(tmp_path / "b", again, seed=1, fps=12.5)
+    first, second = contents(tmp_path / "a"), contents(tmp_path / "b")
+    assert first.pop("timings.json") != second.pop("timings.json")
+    assert first == second
+    assert {"metrics.json", "by_horizon.csv", "states.json", "examples/first.npz", "clips/first.mp4"} <= set(first)
+
+
+def test_metrics_are_numbers_that_dvc_can_compare(evaluation: Evaluation, tmp_path: Path) -> None:
+    write_results(tmp_path, evaluation, seed=1, fps=12.5, headline_steps=(1, 4, 12))
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert (found["predictor"], found["videos"], found["windows"], found["horizon"]) == ("noisy", 6, 12, Y)
+    skill = found["overall"]["skill"]
+    assert skill["low"] < skill["value"] < skill["high"] < 0
+    assert list(found["step"]) == ["1", "4"]
+    assert "nonvisible_precision" not in found["overall"], "undefined is left out"
+    assert "seconds" not in json.dumps(found)
+
+
+def test_csv_has_one_row_per_step_and_constant_columns(evaluation: Evaluation, tmp_path: Path) -> None:
+    write_results(tmp_path / "noisy", evaluation, seed=1, fps=12.5)
+    write_results(tmp_path / "copy", evaluate(Copy(), windows(), name="copy", seed=0), seed=1, fps=12.5)
+    tables = {}
+    for name in ("noisy", "copy"):
+        with (tmp_path / name / "by_horizon.csv").open() as file:
+            tables[name] = list(csv.DictReader(file))
+    assert [row["step"] for row in tables["noisy"]] == ["1", "2", "3", "4"]
+    assert list(tables["noisy"][0]) == list(tables["copy"][0])
+    assert list(tables["copy"][0])[:4] == ["predictor", "step", "mse", "psnr"]
+    assert tables["copy"][0]["epe"] == ""
+    assert {row["skill"] for row in tables["copy"]} == {"0.0"}
+    mse = score(evaluation.state, np.random.default_rng(1))["mse"].steps[2].value
+    assert float(tables["noisy"][2]["mse"]) == pytest.approx(mse, rel=1e-5)
+
+
+def test_what_is_read_is_what_was_written(evaluation: Evaluation, tmp_path: Path) -> None:
+    write_results(tmp_path, evaluation, seed=1, fps=12.5)
+    back = read_results(tmp_path)
+    assert back.state.to_json() == evaluation.state.to_json()
+    assert (back.name, back.parameters, back.speed) == (evaluation.name, evaluation.parameters, evaluation.speed)
+    written = {e.rules: e for e in evaluation.examples}
+    assert {e.rules for e in back.examples} == set(written)
+    for example in back.examples:
+        for name, value in vars(written[example.rules]).items():
+            assert np.array_equal(getattr(example, name), value), name
+    (tmp_path / "states.json").unlink()
+    with pytest.raises(StoreError, match=r"no states\.json"):
+        read_results(tmp_path)
+
+
+def test_films_show_context_then_every_step(evaluation: Evaluation, tmp_path: Path) -> None:
+    write_results(tmp_path, evaluation, seed=1, fps=12.5)
+    with av.open(str(tmp_path / "clips" / "first.mp4")) as container:
+        frames = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
+    assert len(frames) == X + Y
+    assert frames[0].shape[1] >= 3 * 192
