@@ -11,7 +11,7 @@ import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
@@ -124,15 +124,21 @@ class Trainable(Section):
 
     options: dict[str, Any] = {}
     training: dict[str, Any] = {}
+    batch: Annotated[int, Field(ge=1)] = 8
+    seed: int = 0
 
 
 class Vae(Trainable):
-    pass
+    """``batch`` counts single frames."""
 
 
 class PredictorBlock(Trainable):
+    """``batch`` counts clips of ``evaluate.context + horizon`` frames."""
+
     model: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
     """The file of `models/predictors/` (several blocks may use one)."""
+    horizon: Annotated[int, Field(ge=1)] = 4
+    """Predicted frames in the training loss, at most."""
 
 
 class Evaluate(Section):
@@ -142,7 +148,6 @@ class Evaluate(Section):
     horizon: Annotated[int, Field(ge=1)]
     window_stride: Annotated[int, Field(ge=1)]
     seed: int = 0
-    bootstrap: Annotated[int, Field(ge=100)]
 
 
 class Report(Section):
@@ -173,6 +178,12 @@ class Params(Section):
                 f"flow.teacher is scene, which copies the labels: label.resolution {list(self.label.resolution)} "
                 f"and flow.resolution {list(self.flow.resolution)} must be equal"
             )
+        for name, block in self.predictors.items():
+            if self.evaluate.context + block.horizon > self.decode.steps:
+                raise ValueError(
+                    f"evaluate.context {self.evaluate.context} + predictors.{name}.horizon {block.horizon} is more "
+                    f"than the {self.decode.steps} frames that decode keeps"
+                )
         window = self.evaluate.context + self.evaluate.horizon
         if window > self.decode.steps:
             raise ValueError(
@@ -231,6 +242,25 @@ def parse_params(raw: Mapping[str, Any], name: str = "params.yaml") -> Params:
         raise ParamsError(
             f"{name} is wrong:\n" + "\n".join(f"  - {line}" for line in lines),
             remedy="mend these keys; docs/params.md lists every one with its range",
+        ) from error
+
+
+Checked = TypeVar("Checked", bound=BaseModel)
+
+
+def check_options(model: type[Checked], raw: Mapping[str, Any], where: str) -> Checked:
+    """Check a block that a module owns against that module's schema, with errors as for ``params.yaml``."""
+    try:
+        return model.model_validate_json(json.dumps(raw), strict=True)
+    except ValidationError as error:
+        lines = []
+        for e in error.errors():
+            path = ".".join(str(part) for part in e["loc"])
+            near = difflib.get_close_matches(path, list(model.model_fields), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near and e["type"] == "extra_forbidden" else ""
+            lines.append(f"  - {where}.{path} = {e['input']!r}: {e['msg']}{hint}")
+        raise ParamsError(
+            "params.yaml is wrong:\n" + "\n".join(lines), remedy=f"{where} takes {', '.join(model.model_fields)}"
         ) from error
 
 

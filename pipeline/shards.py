@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import BusyError, DiskFullError
-from pipeline.progress import progress
+from pipeline.progress import Tick, progress
 
 MARKER = "unit.json"
 
@@ -50,6 +50,12 @@ class Unit:
     inputs: tuple[str, ...]
     label: str
     bucket: int = 0
+    steps: int = 0
+    """What progress counts where a unit is not made of items (training steps)."""
+
+    @property
+    def items(self) -> int:
+        return self.steps or len(self.ids)
 
     def key(self) -> str:
         return digest_of({"ids": self.ids, "inputs": self.inputs})
@@ -71,18 +77,19 @@ class Built:
         return tuple(i for i in self.unit.ids if i not in bad)
 
 
+Make = Callable[[Unit, Path, Tick], Sequence[BadItem]]
+
+
 def digest_of(value: Any) -> str:
     """A short digest of plain data, independent of the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def build_units(
-    folder: Path, units: Sequence[Unit], make: Callable[[Unit, Path], Sequence[BadItem]], *, what: str
-) -> list[Built]:
+def build_units(folder: Path, units: Sequence[Unit], make: Make, *, what: str, counted: str = "videos") -> list[Built]:
     """Build what is not there yet, in order, and return every unit with its folder.
 
-    ``make(unit, folder)`` writes the unit's files and returns what it had to quarantine; it raises for anything that
-    is not the fault of one item.
+    ``make(unit, folder, tick)`` writes the unit's files, calls ``tick(1)`` for every finished item and returns what
+    it had to quarantine; it raises for anything that is not the fault of one item. Progress counts items.
 
     Raises:
         BusyError: another process is building one of these units.
@@ -90,10 +97,12 @@ def build_units(
     """
     folder.mkdir(parents=True, exist_ok=True)
     built = []
-    with progress(what, len(units), "units") as tick:
+    with progress(what, sum(unit.items for unit in units), counted) as tick:
         for unit in units:
-            built.append(_find(folder, unit) or _make(folder, unit, make))
-            tick(1, unit.label)
+            found = _find(folder, unit)
+            if found is not None:
+                tick(unit.items, unit.label)
+            built.append(found or _make(folder, unit, make, tick))
     return built
 
 
@@ -110,7 +119,7 @@ def _find(folder: Path, unit: Unit) -> Built | None:
     return Built(unit, marker.parent, bad, reused=True, seconds=record["seconds"])
 
 
-def _make(folder: Path, unit: Unit, make: Callable[[Unit, Path], Sequence[BadItem]]) -> Built:
+def _make(folder: Path, unit: Unit, make: Make, tick: Tick) -> Built:
     final, partial = folder / unit.key(), folder / f".{unit.key()}.building"
     with _lease(folder / f"{unit.key()}.lock", unit.label):
         if (found := _find(folder, unit)) is not None:  # finished by another process while this one waited its turn
@@ -121,7 +130,7 @@ def _make(folder: Path, unit: Unit, make: Callable[[Unit, Path], Sequence[BadIte
         started = time.monotonic()
         try:
             partial.mkdir(parents=True)
-            bad = tuple(make(unit, partial))
+            bad = tuple(make(unit, partial, tick))
             record = {
                 "label": unit.label,
                 "ids": unit.ids,
@@ -177,12 +186,11 @@ def _lease(path: Path, label: str) -> Iterator[None]:
         yield  # the file stays: removing it would let two holders lock two files of one name
 
 
-def link_tree(source: Path, target: Path) -> None:
-    """Make ``target`` a copy of ``source`` out of hard links, without the marker."""
-    if target.exists():
-        shutil.rmtree(target)
-    target.mkdir(parents=True)
+def link_tree(source: Path, target: Path, *, without: Sequence[str] = ()) -> None:
+    """Add the files of a finished unit to ``target`` by hard links, without the marker and the named ones."""
     for file in _files(source):
+        if str(file.relative_to(source)) in without:
+            continue
         place = target / file.relative_to(source)
         place.parent.mkdir(parents=True, exist_ok=True)
         os.link(file, place)

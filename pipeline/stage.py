@@ -21,7 +21,7 @@ from pipeline.code import closure, code_digest
 from pipeline.devices import device
 from pipeline.errors import PipelineError, WorkspaceError
 from pipeline.params import Params, load_params
-from pipeline.shards import BadItem, Built, Unit, build_units, digest_of
+from pipeline.shards import Built, Make, Unit, build_units, digest_of
 
 ARTIFACTS = Path("artifacts")
 WORK = Path(".work")
@@ -40,6 +40,8 @@ class Job:
     root: Path
     device: str
     built: list[Built] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What this run measured of itself (speed): kept in ``.work/runs``, never in an output."""
 
     @property
     def title(self) -> str:
@@ -59,15 +61,13 @@ class Job:
         plain = json.loads(json.dumps(params, default=lambda section: section.model_dump(mode="json")))
         return digest_of({"params": plain, "code": code_digest(self.root, files), "weights": weights})
 
-    def build(
-        self, fingerprint: str, units: Sequence[Unit], make: Callable[[Unit, Path], Sequence[BadItem]]
-    ) -> list[Built]:
+    def build(self, fingerprint: str, units: Sequence[Unit], make: Make, *, counted: str = "videos") -> list[Built]:
         """Build the units under ``.work/<stage>/<fingerprint>``, see `pipeline.shards.build_units`.
 
         Raises:
             PipelineError: more items were quarantined than ``shards.max_bad_fraction`` allows.
         """
-        built = build_units(WORK / self.title / fingerprint, units, make, what=self.title)
+        built = build_units(WORK / self.title / fingerprint, units, make, what=self.title, counted=counted)
         self.built += built
         bad = [item for b in built for item in b.bad]
         total = sum(len(unit.ids) for unit in units)
@@ -117,6 +117,7 @@ def _record(job: Job, seconds: float) -> None:
         "reused": len(job.built) - len(made),
         "build_seconds": round(sum(b.seconds for b in job.built), 2),
         "device": job.device,
+        **job.facts,
     }
     (RUNS / f"{job.title}.json").write_text(json.dumps(body))
     print(f"{job.title}: {len(made)} units built, {len(job.built) - len(made)} found ready, {seconds:.1f} s")

@@ -1,0 +1,63 @@
+"""What the data set holds: the videos of `artifacts/acquire` with their split, digests and annotations."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from data.errors import EmptyError
+from data.store import FORMAT, MANIFEST, read_manifest, write_json
+
+
+@dataclass(frozen=True)
+class Video:
+    """One video; paths are relative to the catalog's folder, digests are sha256."""
+
+    id: int
+    split: str
+    video: str
+    video_sha256: str
+    annotation: str | None
+    annotation_sha256: str | None
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """All videos, by ascending id, and what was quarantined on the way in."""
+
+    root: Path
+    videos: tuple[Video, ...]
+    quarantine: tuple[dict[str, Any], ...]
+
+    @classmethod
+    def load(cls, root: Path | str) -> Self:
+        """Read the manifest in ``root``. Raises StoreError where there is none."""
+        manifest = read_manifest(Path(root))
+        return cls(Path(root), tuple(Video(**v) for v in manifest["videos"]), tuple(manifest["quarantine"]))
+
+    def save(self, **facts: Any) -> None:
+        """Write the manifest, last of all."""
+        splits = sorted({v.split for v in self.videos})
+        body = {
+            "format": FORMAT,
+            **facts,
+            "counts": {split: sum(v.split == split for v in self.videos) for split in splits},
+            "videos": [asdict(v) for v in self.videos],
+            "quarantine": list(self.quarantine),
+        }
+        write_json(self.root / MANIFEST, body)
+
+    def split(self, name: str) -> tuple[int, ...]:
+        """Ids of one split.
+
+        Raises:
+            EmptyError: the split holds no video.
+        """
+        ids = tuple(v.id for v in self.videos if v.split == name)
+        if not ids:
+            raise EmptyError(
+                f"the split {name!r} holds no video (splits: {sorted({v.split for v in self.videos})})",
+                remedy="assign ids to it in acquire.videos",
+            )
+        return ids

@@ -1,0 +1,159 @@
+"""acquire: videos and annotations in CLEVRER's own layout, simulated or taken from a local folder."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from data.catalog import Catalog, Video
+from data.clevrer import (
+    FPS,
+    FRAMES,
+    HEIGHT,
+    KNOWN_BAD,
+    WIDTH,
+    FoundVideo,
+    annotation_path,
+    discover,
+    official_split,
+    parse_ids,
+    video_path,
+    write_annotation,
+)
+from data.errors import SourceError
+from data.physics import simulate
+from data.picture import write_video
+from data.shading import render
+from data.store import bucket_ids, file_digest
+from pipeline.progress import Tick
+from pipeline.shards import BadItem, Built, Unit, link_tree
+from pipeline.stage import Job, run_stage
+
+VIDEO_QUALITY = 18
+"""x264's constant rate factor: CLEVRER's own files are of about this quality (0.3-0.5 MB for 128 frames)."""
+
+
+def run(job: Job) -> None:
+    acquire = job.params.acquire
+    wanted = _wanted(job)
+    if acquire.source == "simulated":
+        fingerprint = job.fingerprint({"seed": acquire.seed})
+        inputs = dict.fromkeys(wanted, ())
+        make = _simulate(acquire.seed, job.device)
+        absent: list[BadItem] = []
+    else:
+        found = {v.id: v for v in discover(_root(job))}
+        fingerprint = job.fingerprint({"source": "local"})
+        absent = [BadItem(i, _absence(i, found)) for i in wanted if i not in found or i in KNOWN_BAD]
+        here = {i: found[i] for i in wanted if i in found and i not in KNOWN_BAD}
+        inputs = {i: tuple(file_digest(f) for f in (v.video, v.annotation) if f) for i, v in here.items()}
+        make = _copy(here)
+    buckets = bucket_ids(inputs, job.params.shards.videos)
+    units = [
+        Unit(ids, tuple(d for i in ids for d in inputs[i]), f"videos {ids[0]}-{ids[-1]}", bucket)
+        for bucket, ids in buckets.items()
+    ]
+    built = job.build(fingerprint, units, make)
+    _finish(job, built, wanted, fingerprint, absent)
+
+
+def _wanted(job: Job) -> dict[int, str]:
+    """Id -> split, for every id that ``acquire.videos`` lists."""
+    videos = job.params.acquire.videos
+    if videos == "official":
+        return {v.id: official_split(v.id) for v in discover(_root(job))}
+    wanted: dict[int, str] = {}
+    for split, text in videos.items():
+        try:
+            ids = parse_ids(text)
+        except ValueError as error:
+            raise SourceError(f"acquire.videos.{split}: {error}", remedy="write ids such as 0-8,10") from error
+        for i in ids:
+            if i in wanted:
+                raise SourceError(
+                    f"acquire.videos gives id {i} to {wanted[i]} and to {split}",
+                    remedy="a video belongs to one split, or training would see what it is tested on",
+                )
+            wanted[i] = split
+    return wanted
+
+
+def _root(job: Job) -> Path:
+    return job.root / (job.params.acquire.root or "")
+
+
+def _absence(video: int, found: dict[int, FoundVideo]) -> str:
+    if video in found:
+        return f"known to be bad: {KNOWN_BAD[video]}"
+    return f"listed in acquire.videos, but acquire.root holds no video_{video:05d}.mp4"
+
+
+def _simulate(seed: int, device: str) -> Callable[[Unit, Path, Tick], list[BadItem]]:
+    def make(unit: Unit, folder: Path, tick: Tick) -> list[BadItem]:
+        for video in unit.ids:
+            # One generator per video: a video does not depend on which others are asked for.
+            annotation = simulate(np.random.default_rng((seed, video)), scene_index=video)
+            frames = render(annotation, range(FRAMES), HEIGHT, WIDTH, device=device)
+            split = official_split(video)
+            write_annotation(annotation, folder / annotation_path(split, video))
+            write_video(folder / video_path(split, video), frames, FPS, VIDEO_QUALITY)
+            tick(1, f"video {video}")
+        return []
+
+    return make
+
+
+def _copy(found: dict[int, FoundVideo]) -> Callable[[Unit, Path, Tick], list[BadItem]]:
+    def make(unit: Unit, folder: Path, tick: Tick) -> list[BadItem]:
+        for video in unit.ids:
+            split = official_split(video)
+            item = found[video]
+            # Copied, not linked: DVC makes linked outputs read-only, and these files are not ours.
+            for source, place in ((item.video, video_path), (item.annotation, annotation_path)):
+                if source is not None:
+                    target = folder / place(split, video)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(source, target)
+            tick(1, f"video {video}")
+        return []
+
+    return make
+
+
+def _finish(job: Job, built: list[Built], splits: dict[int, str], fingerprint: str, absent: list[BadItem]) -> None:
+    limit = job.params.shards.max_bad_fraction
+    if not built or len(absent) > limit * len(splits):
+        listed = "\n".join(f"    {item.id}: {item.reason}" for item in absent[:10])
+        raise SourceError(
+            f"{len(absent)} of {len(splits)} videos cannot be acquired "
+            f"(shards.max_bad_fraction {limit} allows {int(limit * len(splits))}):\n{listed}",
+            remedy="mend acquire.videos or acquire.root, or raise shards.max_bad_fraction if the loss is acceptable",
+        )
+    if job.out.exists():
+        shutil.rmtree(job.out)
+    videos = []
+    for unit in built:
+        link_tree(unit.folder, job.out)
+        for video in unit.unit.ids:
+            name, note = (str(place(official_split(video), video)) for place in (video_path, annotation_path))
+            has_note = (unit.folder / note).exists()
+            videos.append(
+                Video(
+                    id=video,
+                    split=splits[video],
+                    video=name,
+                    video_sha256=file_digest(unit.folder / name),
+                    annotation=note if has_note else None,
+                    annotation_sha256=file_digest(unit.folder / note) if has_note else None,
+                )
+            )
+    quarantine = tuple({"id": b.id, "reason": b.reason, "digest": b.digest} for b in absent)
+    catalog = Catalog(job.out, tuple(videos), quarantine)
+    catalog.save(stage=job.title, fingerprint=fingerprint, params=job.params.acquire.model_dump(mode="json"))
+
+
+if __name__ == "__main__":
+    run_stage("acquire", run)

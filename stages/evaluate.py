@@ -1,0 +1,123 @@
+"""evaluate@KEY: roll one predictor out on every window of the evaluation split and keep additive metric states."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.catalog import Catalog
+from data.clevrer import FPS
+from data.clips import ClipSource, Context
+from data.resize import resize_field, resize_flow
+from data.store import Store
+from models.autoencoder import load_vae
+from models.checkpoint import digest, load_predictor
+from models.evaluation import Window, evaluate
+from models.predictor import find
+from models.results import write_results
+from pipeline.progress import Tick
+from pipeline.shards import BadItem, Unit
+from pipeline.stage import ARTIFACTS, Job, run_stage
+from stages.folder import build_folder
+
+TIMINGS = "timings.json"
+OBSERVED = {"frames": ARTIFACTS / "decode", "flow_bwd": ARTIFACTS / "flow", "visible": ARTIFACTS / "occlusion"}
+"""Where frames and the teacher's view of the context come from."""
+
+
+def run(job: Job) -> None:
+    evaluation, block = job.params.evaluate, job.params.predictors[job.key]
+    windows = Windows(job)
+    _, kind = find(block.model)
+    vae = load_vae(ARTIFACTS / "vae" / "frame") if kind.needs_vae else None
+    predictor = load_predictor(ARTIFACTS / "train" / job.key, vae=vae)
+
+    def make(unit: Unit, folder: Path, tick: Tick) -> list[BadItem]:
+        result = evaluate(predictor, windows.told(tick), name=job.key, seed=evaluation.seed, device=job.device)
+        write_results(folder, result, seed=evaluation.seed, fps=windows.fps)
+        return []
+
+    weights = digest(predictor) + (digest(vae) if vae is not None else "")
+    fingerprint = job.fingerprint(
+        [evaluation, job.params.decode.resolution], weights=weights, modules=[f"models/predictors/{block.model}.py"]
+    )
+    unit = Unit(windows.source.videos, windows.digests(), job.title)
+    build_folder(job, unit, make, fingerprint=fingerprint, counted="videos", private=(TIMINGS,))
+    job.facts |= json.loads((job.built[0].folder / TIMINGS).read_text())
+
+
+class Windows:
+    """The evaluation windows of the parameters' protocol, one batch per video, with the truth where it is labelled."""
+
+    def __init__(self, job: Job) -> None:
+        evaluation = job.params.evaluate
+        self.height, self.width = job.params.decode.resolution
+        self.context, self.horizon = evaluation.context, evaluation.horizon
+        self.every = evaluation.window_stride
+        self.fps = FPS / job.params.decode.stride
+        self.source = ClipSource(
+            {name: Store(path) for name, path in OBSERVED.items()},
+            height=self.height,
+            width=self.width,
+            videos=Catalog.load(ARTIFACTS / "acquire").split(evaluation.split),
+            cache_bytes=0,
+        )
+        self.labels = Store(ARTIFACTS / "label")
+
+    def __iter__(self) -> Iterator[Window]:
+        for video in self.source.videos:
+            yield self.of(video)
+
+    def told(self, tick: Tick) -> Iterator[Window]:
+        """The same, counting videos."""
+        for window in self:
+            yield window
+            tick(1, f"video {int(window.video[0])}")
+
+    def of(self, video: int) -> Window:
+        """All windows of one video."""
+        length = self.context + self.horizon
+        places = [place for place in self.source.windows(length, self.every) if place[0] == video]
+        clip = self.source.clip(places, length)
+        frames, flow, visible = (clip.require(name) for name in OBSERVED)
+        x = self.context
+        return Window(
+            video=clip.video,
+            start=clip.start,
+            context=Context(frames[:, :x], flow[:, : x - 1], visible[:, : x - 1]),
+            frames=frames[:, x:],
+            **self._truth(video, [start + x for _, start in places]),
+        )
+
+    def digests(self) -> tuple[str, ...]:
+        """Digests of everything that the windows are made of."""
+        stores = [*self.source.stores.values(), self.labels]
+        return tuple(sorted({s.shard_digest(v) for s in stores for v in self.source.videos if v in s.ids}))
+
+    def _truth(self, video: int, starts: list[int]) -> dict[str, Any]:
+        if video not in self.labels.ids:
+            return {}
+        h, w, y = self.height, self.width, self.horizon
+        foreground, flow, visible = [], [], []
+        for start in starts:
+            instances = torch.from_numpy(self.labels.read("instances", video, start, start + y))
+            foreground.append(resize_field((instances > 0).float()[:, None], h, w)[:, 0])
+            # Pair k leads from frame k+1 back to k, so frame `start` is the target of pair start - 1.
+            pairs = slice(start - 1, start - 1 + y)
+            true_flow = torch.from_numpy(self.labels.read_flow("flow_bwd", video, pairs.start, pairs.stop))
+            flow.append(resize_flow(true_flow, h, w))
+            true_visible = torch.from_numpy(self.labels.read("visible", video, pairs.start, pairs.stop))
+            visible.append(resize_field(true_visible.float()[:, None] / 255, h, w))
+        return {
+            "foreground": torch.stack(foreground),
+            "true_flow_bwd": torch.stack(flow),
+            "true_visible": torch.stack(visible),
+        }
+
+
+if __name__ == "__main__":
+    run_stage("evaluate", run, keyed=True)

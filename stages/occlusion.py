@@ -1,0 +1,35 @@
+"""occlusion: which pixels of t+1 were visible in t, from both flows, on their grid; uint8 in 1/255."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from data.store import Store
+from models.occlusion import visibility
+from pipeline.stage import ARTIFACTS, Job, run_stage
+from stages.label import visible_spec
+from stages.sharding import build_store
+
+
+def run(job: Job) -> None:
+    occlusion, flow = job.params.occlusion, Store(ARTIFACTS / "flow")
+    pairs, _, h, w = flow.specs["flow_bwd"]["item"]
+
+    def compute(video: int) -> dict[str, np.ndarray]:
+        fwd, bwd = (torch.from_numpy(flow.read_flow(name, video)).to(job.device) for name in ("flow_fwd", "flow_bwd"))
+        soft = visibility(fwd, bwd, alpha1=occlusion.relative, alpha2=occlusion.absolute, softness=occlusion.softness)
+        return {"visible": (soft * 255).round().to(torch.uint8).cpu().numpy()}
+
+    build_store(
+        job,
+        [visible_spec(pairs, h, w, job.params.shards.clip)],
+        {video: (flow.shard_digest(video),) for video in flow.ids},
+        compute,
+        fingerprint=job.fingerprint([occlusion, job.params.shards]),
+        params=occlusion.model_dump(mode="json"),
+    )
+
+
+if __name__ == "__main__":
+    run_stage("occlusion", run)

@@ -1,0 +1,63 @@
+"""What the stages that write a store share: one unit per bucket of videos, bad videos quarantined, links at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.errors import AnnotationError, VideoError
+from data.store import ArraySpec, ShardPlace, assemble, bucket_ids, write_shard
+from pipeline.progress import Tick
+from pipeline.shards import BadItem, Unit
+from pipeline.stage import Job
+
+Compute = Callable[[int], Mapping[str, np.ndarray]]
+
+
+def build_store(
+    job: Job,
+    specs: Sequence[ArraySpec],
+    inputs: Mapping[int, tuple[str, ...]],
+    compute: Compute,
+    *,
+    fingerprint: str,
+    params: Mapping[str, Any],
+    facts: Mapping[str, Any] | None = None,
+) -> None:
+    """Build the stage's store from ``compute(video) -> arrays`` for every video in ``inputs`` (id -> input digests).
+
+    A video whose `VideoError` or `AnnotationError` says that it is bad is quarantined with the reason; any other
+    error stops the stage.
+    """
+    per_shard = job.params.shards.videos
+    units = [
+        Unit(ids, tuple(d for i in ids for d in inputs[i]), f"videos {ids[0]}-{ids[-1]}", bucket)
+        for bucket, ids in bucket_ids(inputs, per_shard).items()
+    ]
+
+    def make(unit: Unit, folder: Path, tick: Tick) -> list[BadItem]:
+        good: dict[int, Mapping[str, np.ndarray]] = {}
+        bad = []
+        for video in unit.ids:
+            try:
+                good[video] = compute(video)
+            except (VideoError, AnnotationError) as error:
+                bad.append(BadItem(video, f"{type(error).__name__}: {error.message}", inputs[video][0]))
+            tick(1, f"video {video}")
+        write_shard(folder, specs, good, per_shard)
+        return bad
+
+    built = job.build(fingerprint, units, make)
+    quarantine = [{"id": b.id, "reason": b.reason, "digest": b.digest} for unit in built for b in unit.bad]
+    places = [ShardPlace(b.unit.bucket, b.folder, b.good, b.unit.key()) for b in built if b.good]
+    manifest = {
+        "stage": job.title,
+        "fingerprint": fingerprint,
+        "params": dict(params),
+        **(facts or {}),
+        "quarantine": quarantine,
+    }
+    assemble(job.out, specs, places, per_shard, manifest=manifest)
