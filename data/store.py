@@ -136,12 +136,13 @@ def assemble(
     for ordinal, shard in enumerate(shards):
         for i in shard.ids:
             video[ordinal * videos_per_shard + i % videos_per_shard] = i
-    coordinate = zarr.create_array(
-        store=str(group), name="video", shape=(rows,), chunks=(rows,), dtype="int32", dimension_names=("video",)
-    )
-    coordinate[:] = video
-    for spec in specs:
-        spec.create(group, rows, videos_per_shard)
+    if rows:  # an empty store (no video has an annotation, say) has a manifest and no array
+        coordinate = zarr.create_array(
+            store=str(group), name="video", shape=(rows,), chunks=(rows,), dtype="int32", dimension_names=("video",)
+        )
+        coordinate[:] = video
+        for spec in specs:
+            spec.create(group, rows, videos_per_shard)
     for ordinal, shard in enumerate(shards):
         files = {}
         for spec in specs:
@@ -215,10 +216,12 @@ class Store:
             for i in shard["ids"]:
                 self._row[i] = ordinal * v + i % v
                 self._shard[i] = shard
-        self._arrays = {name: self._open(name) for name in self.specs}
+        self._arrays: dict[str, zarr.Array] = {}
 
     def _open(self, name: str) -> zarr.Array:
-        return zarr.open_array(store=str(self.path / GROUP / name), mode="r")
+        if name not in self._arrays:
+            self._arrays[name] = zarr.open_array(store=str(self.path / GROUP / name), mode="r")
+        return self._arrays[name]
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -237,9 +240,9 @@ class Store:
         Raises:
             StoreError: the store has no such array or no such video, or the data fail their checksum.
         """
-        if name not in self._arrays:
+        if name not in self.specs:
             raise StoreError(
-                f"{self.path} has no array {name!r}; it has {sorted(self._arrays)}", remedy="name one of these"
+                f"{self.path} has no array {name!r}; it has {sorted(self.specs)}", remedy="name one of these"
             )
         if video not in self._row:
             bad = {q["id"]: q["reason"] for q in self.manifest.get("quarantine", [])}
@@ -248,7 +251,7 @@ class Store:
                 f"{self.path} holds no video {video} ({why})", remedy="choose one of the ids in its manifest"
             )
         try:
-            return np.asarray(self._arrays[name][self._row[video], start:stop])
+            return np.asarray(self._open(name)[self._row[video], start:stop])
         except (ValueError, RuntimeError) as error:
             raise StoreError(
                 f"{self.path / name}: video {video}, steps {start}:{stop} cannot be decoded ({error})",

@@ -17,13 +17,14 @@ RESULT_PACKAGES = ("data", "models", "stages")
 
 
 def closure(root: Path, entry: str | Path) -> tuple[str, ...]:
-    """Files of ours below ``root`` that ``entry`` imports, itself included, as sorted relative paths."""
+    """Files of ours below ``root`` that ``entry`` imports or shows, itself included, as sorted relative paths."""
     pending, found = [Path(entry)], set()
     while pending:
         path = pending.pop()
         if path.as_posix() in found:
             continue
         found.add(path.as_posix())
+        found |= {asset.relative_to(root).as_posix() for asset in _assets(root / path)}
         tree = ast.parse((root / path).read_text(), filename=str(path))
         pending += [p for name in _imported(tree) if (p := _resolve(root, name)) is not None]
     return tuple(sorted(found))
@@ -33,9 +34,17 @@ def code_digest(root: Path, files: Iterable[str]) -> str:
     """sha256 over the files' syntax trees, without comments, docstrings and layout."""
     total = hashlib.sha256()
     for name in sorted(set(files)):
+        if not name.endswith(".py"):
+            total.update(f"{name}\0".encode() + (root / name).read_bytes())
+            continue
         tree = _strip_docstrings(ast.parse((root / name).read_text(), filename=name))
         total.update(f"{name}\0{ast.dump(tree)}\0".encode())
     return total.hexdigest()
+
+
+def _assets(module: Path) -> list[Path]:
+    """Templates, styles and the like that stand beside a module under its own name (page.py: page.css, page.js)."""
+    return [file for file in module.parent.glob(f"{module.stem}.*") if file.suffix != ".py"]
 
 
 def _imported(tree: ast.AST) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from pipeline.code import closure
+from pipeline.code import RESULT_PACKAGES, closure
 
 PREDICTORS = Path("models/predictors")
 
@@ -48,7 +48,7 @@ def write_deps(root: Path) -> list[str]:
 
 
 def _code(deps: list[str]) -> list[str]:
-    return [dep for dep in deps if dep.endswith(".py") and "${" not in dep]
+    return [dep for dep in deps if dep.split("/")[0] in RESULT_PACKAGES and "${" not in dep]
 
 
 def _stages(document: Any) -> dict[str, Any]:

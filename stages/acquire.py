@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from data.physics import simulate
+from data.shading import render
 
 from data.catalog import Catalog, Video
 from data.clevrer import (
@@ -24,9 +26,7 @@ from data.clevrer import (
     write_annotation,
 )
 from data.errors import SourceError
-from data.physics import simulate
 from data.picture import write_video
-from data.shading import render
 from data.store import bucket_ids, file_digest
 from pipeline.progress import Tick
 from pipeline.shards import BadItem, Built, Unit, link_tree

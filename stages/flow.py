@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from models.static_gate import gate_flow
 
 from data.catalog import Catalog
 from data.clevrer import FRAMES
@@ -17,9 +18,8 @@ from data.errors import AnnotationError
 from data.store import Store, pack_flow
 from data.video import VideoReader
 from models.flow_teachers import FlowTeacher, build_teacher
-from models.static_gate import gate_flow
 from pipeline.stage import ARTIFACTS, Job, run_stage
-from stages.label import flow_specs
+from stages.fields import flow_specs
 from stages.sharding import build_store
 
 

@@ -8,8 +8,9 @@ from data.catalog import Catalog
 from data.clevrer import MAX_OBJECTS, read_annotation
 from data.errors import AnnotationError
 from data.labels import STATES, label_video
-from data.store import FLOW_SCALE, ArraySpec, pack_flow
+from data.store import ArraySpec, pack_flow
 from pipeline.stage import ARTIFACTS, Job, run_stage
+from stages.fields import flow_specs, visible_spec
 from stages.sharding import build_store
 
 
@@ -19,10 +20,7 @@ def run(job: Job) -> None:
     catalog = Catalog.load(ARTIFACTS / "acquire")
     annotated = {v.id: v for v in catalog.videos if v.annotation is not None}
     if not annotated:
-        raise AnnotationError(
-            f"none of the {len(catalog.videos)} videos in {catalog.root} has an annotation",
-            remedy="put annotations/<split>/annotation_NNNNN.json beside the videos of acquire.root",
-        )
+        print(f"label: none of the {len(catalog.videos)} videos has an annotation: nothing can be scored against truth")
 
     def compute(video: int) -> dict[str, np.ndarray]:
         annotation = read_annotation(catalog.root / str(annotated[video].annotation))
@@ -67,18 +65,6 @@ def specs(t: int, h: int, w: int, clip: int) -> list[ArraySpec]:
         *flow_specs(t - 1, h, w, clip),
         visible_spec(t - 1, h, w, clip),
     ]
-
-
-def flow_specs(pairs: int, h: int, w: int, clip: int) -> list[ArraySpec]:
-    """Both directions: ``flow_fwd[k]`` lives on frame k, ``flow_bwd[k]`` on frame k+1; 1/32 px."""
-    dims = ("pair", "direction", "y", "x")
-    scale = {"scale_factor": 1 / FLOW_SCALE, "units": "pixel"}
-    return [ArraySpec(name, (pairs, 2, h, w), "int16", dims, clip, "field", scale) for name in ("flow_fwd", "flow_bwd")]
-
-
-def visible_spec(pairs: int, h: int, w: int, clip: int) -> ArraySpec:
-    """``visible[k]`` lives on frame k+1, 255 where warping frame k can be trusted."""
-    return ArraySpec("visible", (pairs, h, w), "uint8", ("pair", "y", "x"), clip, "field", {"scale_factor": 1 / 255})
 
 
 if __name__ == "__main__":

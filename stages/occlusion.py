@@ -8,7 +8,7 @@ import torch
 from data.store import Store
 from models.occlusion import visibility
 from pipeline.stage import ARTIFACTS, Job, run_stage
-from stages.label import visible_spec
+from stages.fields import visible_spec
 from stages.sharding import build_store
 
 

@@ -15,7 +15,7 @@ import torch
 from data.chart import Chart, Curve
 from data.page import Clip, Interval, PageContent, Provenance, Quarantined, Row, Tile, Timing, build_page
 from data.picture import error_picture
-from data.store import Store, read_manifest, write_json
+from data.store import read_manifest, write_json
 from models.autoencoder import FrameVAE, load_vae
 from models.evaluation import Evaluation, Example, evaluate_reconstruction
 from models.metrics import METRICS, Estimate, Score, paired_difference, score
@@ -191,8 +191,9 @@ def _quarantine() -> list[Quarantined]:
     items = []
     for manifest in sorted(ARTIFACTS.glob("*/manifest.json")) + sorted(ARTIFACTS.glob("encode/*/manifest.json")):
         body = read_manifest(manifest.parent)
-        for bad in body.get("quarantine", []):
-            items.append(Quarantined(f"video_{bad['id']:05d}", body["stage"], bad["reason"]))
+        items += [
+            Quarantined(f"video_{bad['id']:05d}", body["stage"], bad["reason"]) for bad in body.get("quarantine", [])
+        ]
     return items
 
 
