@@ -1,0 +1,65 @@
+"""Convolutional building blocks that start as the identity, shared by the frame VAE and the predictors.
+
+None of them normalises its activations: every branch ends in a convolution of zeros, so a deep stack starts as the
+identity and stays well scaled (Fixup, Zhang et al. 2019, arXiv 1901.09321), and bfloat16 on a CPU keeps its speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+def zero_conv(inputs: int, outputs: int, kernel: int = 3) -> nn.Conv2d:
+    """A convolution that keeps the grid and starts at zero, so that whatever it is added to is unchanged."""
+    conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
+    nn.init.zeros_(conv.weight)
+    nn.init.zeros_(conv.bias)  # pyright: ignore[reportArgumentType]  # a bias is there by default
+    return conv
+
+
+class ResidualBlock(nn.Module):
+    """``x + conv(silu(conv(silu(x))))`` with a dilated first convolution; the identity at the start."""
+
+    def __init__(self, width: int, *, dilation: int = 1) -> None:
+        super().__init__()
+        self.spread = nn.Conv2d(width, width, 3, padding=dilation, dilation=dilation)
+        self.merge = zero_conv(width, width)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        return x + self.merge(F.silu(self.spread(F.silu(x))))
+
+
+class Trunk(nn.Module):
+    """Features of a latent grid: most of the work on a grid coarser by ``coarsen``, details over a skip.
+
+    Dilations cycle through the blocks, so eight blocks at ``coarsen=2`` see the whole of a 32x48 grid: what a moving
+    object will hit is far away from it. Height and width must be divisible by ``coarsen``.
+    """
+
+    def __init__(
+        self, inputs: int, width: int, outputs: int, *, blocks: int, coarsen: int, dilations: Sequence[int] = (1, 2, 4)
+    ) -> None:
+        super().__init__()
+        spread = [dilations[i % len(dilations)] for i in range(blocks)]
+        self.coarsen = coarsen
+        self.skip = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.enter = nn.Conv2d(inputs * coarsen**2, width, 3, padding=1)
+        self.blocks = nn.Sequential(*(ResidualBlock(width, dilation=dilation) for dilation in spread))
+        self.leave = nn.Conv2d(width, outputs * coarsen**2, 1)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h w"]:
+        deep = self.blocks(self.enter(F.pixel_unshuffle(x, self.coarsen)))
+        return F.silu(self.skip(x) + F.pixel_shuffle(self.leave(F.silu(deep)), self.coarsen))
+
+
+def coordinates(like: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 2 h w"]:
+    """Where every cell is, x then y, each in [-1, 1]: the camera is fixed, so place means perspective and light."""
+    b, _, h, w = like.shape
+    ys = torch.linspace(-1, 1, h, device=like.device, dtype=like.dtype)
+    xs = torch.linspace(-1, 1, w, device=like.device, dtype=like.dtype)
+    return torch.stack([xs[None, :].expand(h, w), ys[:, None].expand(h, w)])[None].expand(b, -1, -1, -1)

@@ -1,0 +1,78 @@
+"""Loss terms as plain functions of tensors; each returns one raw, unweighted number.
+
+Weights are the caller's affair: a predictor adds these terms with its own options and logs them as they are.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+
+def charbonnier(difference: Float[Tensor, "*shape"], eps: float = 1e-3) -> Float[Tensor, "*shape"]:
+    """``sqrt(d^2 + eps^2) - eps``: |d| that is smooth at zero (Charbonnier et al. 1994), elementwise."""
+    return (difference.float().square() + eps**2).sqrt() - eps
+
+
+def weighted_mean(value: Float[Tensor, "b c h w"], weight: Float[Tensor, "b #c h w"]) -> Float[Tensor, ""]:
+    """Mean of ``value`` under non-negative weights; 0 where every weight is 0 (the gradient is then 0 too)."""
+    weight = weight.expand_as(value)
+    return (value * weight).sum() / weight.sum().clamp_min(1e-6)
+
+
+def latent_error(
+    predicted: Float[Tensor, "b z h w"], target: Float[Tensor, "b z h w"], gain: Float[Tensor, " z"]
+) -> Float[Tensor, "b 1 h w"]:
+    """Squared error of normalised latents per cell, each channel counted as much as it shows in the decoded picture.
+
+    ``gain`` is the decoder's root-mean-square change in [0, 1] pixels per unit of each channel
+    (`FrameVAE.latent_gain`). Unweighted, the many faint channels of texture would drown the few that matter.
+    The channels' weights have mean 1, so the error of independent unit noise is 2.
+    """
+    weight = gain.square() / gain.square().mean()
+    return ((predicted.float() - target.float()).square() * weight[:, None, None]).mean(1, keepdim=True)
+
+
+def flow_error(
+    flow_bwd: Float[Tensor, "b 2 h w"],
+    teacher: Float[Tensor, "b 2 h w"],
+    *,
+    moving: float = 0.25,
+    background: float = 0.05,
+) -> Float[Tensor, ""]:
+    """End-point error (smoothed by Charbonnier, in cells of the grid), mean over cells weighted by motion.
+
+    Cells where the teacher's flow is longer than ``moving`` cells weigh 1, the rest ``background``: nine tenths of
+    every picture stand still, and an unweighted mean is best served by predicting no motion at all.
+    """
+    length = teacher.float().norm(dim=1, keepdim=True)
+    weight = torch.where(length > moving, 1.0, background)
+    squared = (flow_bwd.float() - teacher.float()).square().sum(1, keepdim=True)
+    return weighted_mean((squared + 1e-4).sqrt() - 1e-2, weight)
+
+
+def visibility_error(logits: Float[Tensor, "b 1 h w"], visible: Float[Tensor, "b 1 h w"]) -> Float[Tensor, ""]:
+    """Binary cross-entropy with both classes counting one half, whatever their shares; soft targets in [0, 1].
+
+    About 1 % of cells are not visible: unbalanced, 'all visible' would be nearly perfect. A batch in which a class
+    is absent gets that class's half at the weight of a hundredth of the cells, so the other cannot explode.
+    """
+    entropy = F.binary_cross_entropy_with_logits(logits.float(), visible.float(), reduction="none")
+    floor = 0.01 * visible.numel()
+    hidden = 1 - visible.float()
+    seen_half = (entropy * visible).sum() / visible.sum().clamp_min(floor)
+    hidden_half = (entropy * hidden).sum() / hidden.sum().clamp_min(floor)
+    return 0.5 * (seen_half + hidden_half)
+
+
+def foreground_weight(pictures: Float[Tensor, "b c h w"], strength: float) -> Float[Tensor, "b 1 h w"]:
+    """1 on the background, up to ``1 + strength`` on objects: how far a pixel is from the batch's median picture.
+
+    The camera never moves and objects are small, so the median over pictures of different videos is the empty
+    scene. The deviation is counted in standard deviations of the pictures and saturates (tanh).
+    """
+    empty = pictures.median(dim=0, keepdim=True).values
+    deviation = (pictures - empty).abs().amax(1, keepdim=True) / pictures.std().clamp_min(1e-6)
+    return 1 + strength * torch.tanh(deviation)

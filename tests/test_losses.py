@@ -1,0 +1,76 @@
+"""Loss terms: known answers, and that the lazy answer does not win."""
+
+from __future__ import annotations
+
+import torch
+
+from models.losses import (
+    charbonnier,
+    flow_error,
+    foreground_weight,
+    latent_error,
+    visibility_error,
+    weighted_mean,
+)
+
+
+def test_charbonnier_is_nearly_the_absolute_value() -> None:
+    d = torch.tensor([-2.0, -0.5, 0.0, 1.0])
+    torch.testing.assert_close(charbonnier(d), d.abs(), atol=1.1e-3, rtol=0)
+    zero = torch.zeros(3, requires_grad=True)
+    charbonnier(zero).sum().backward()
+    assert torch.equal(zero.grad, torch.zeros(3))
+
+
+def test_weighted_mean_by_hand() -> None:
+    value = torch.tensor([1.0, 3.0, 5.0, 7.0]).reshape(1, 1, 2, 2)
+    weight = torch.tensor([1.0, 0.0, 0.0, 3.0]).reshape(1, 1, 2, 2)
+    assert weighted_mean(value, weight) == (1 + 21) / 4
+    assert weighted_mean(value, torch.zeros_like(weight)) == 0
+
+
+def test_latent_error_counts_what_shows() -> None:
+    gain = torch.tensor([3.0, 0.1])
+    loud, faint = torch.zeros(1, 2, 1, 1), torch.zeros(1, 2, 1, 1)
+    loud[:, 0], faint[:, 1] = 1, 1
+    nothing = torch.zeros(1, 2, 1, 1)
+    ratio = latent_error(loud, nothing, gain) / latent_error(faint, nothing, gain)
+    torch.testing.assert_close(ratio.squeeze(), torch.tensor(900.0))
+    noise = torch.randn(2, 64, 40, 40, generator=torch.Generator().manual_seed(0))
+    other = torch.randn(2, 64, 40, 40, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(latent_error(noise, other, torch.ones(64)).mean(), torch.tensor(2.0), rtol=0.02, atol=0)
+
+
+def test_predicting_no_motion_costs_as_much_as_the_objects_move() -> None:
+    teacher = torch.zeros(1, 2, 20, 20)
+    teacher[:, 0, 5:8, 5:8] = 2.0
+    still = flow_error(torch.zeros_like(teacher), teacher, background=0.0)
+    torch.testing.assert_close(still, torch.tensor(2.0), atol=0.02, rtol=0)
+    assert flow_error(teacher, teacher) < 1e-6
+
+
+def test_all_visible_does_not_win() -> None:
+    visible = torch.ones(1, 1, 50, 50)
+    visible[..., 10:13, 10:13] = 0
+    constant = [float(visibility_error(torch.full_like(visible, logit), visible)) for logit in (-3.0, 0.0, 3.0, 6.0)]
+    assert min(constant) == constant[1]
+    truth = torch.where(visible > 0.5, 6.0, -6.0)
+    assert visibility_error(truth, visible) < 0.01 < constant[1]
+
+
+def test_a_class_that_is_absent_does_not_explode() -> None:
+    logits = torch.full((1, 1, 8, 8), 6.0)
+    assert 0 <= visibility_error(logits, torch.ones(1, 1, 8, 8)) < 0.01
+    soft = torch.full((1, 1, 8, 8), 0.999)
+    assert visibility_error(logits, soft) < 1
+
+
+def test_foreground_is_what_differs_from_the_median_picture() -> None:
+    pictures = torch.full((5, 3, 16, 16), 0.5)
+    for k in range(5):
+        pictures[k, :, 3 * k : 3 * k + 2, 4:6] = 0.9
+    weight = foreground_weight(pictures, 10.0)
+    assert weight.shape == (5, 1, 16, 16)
+    assert weight[0, 0, 0, 4] > 9
+    assert weight[0, 0, 10, 10] == 1
+    assert weight[0, 0, 3, 4] == 1  # an object in another video
