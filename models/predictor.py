@@ -2,19 +2,30 @@
 
 Two verbs: ``forward(batch) -> (loss, logs)`` for training and ``rollout(context, horizon, generator) -> Rollout``
 for prediction. One training loop (`models.training`) and one evaluation (`stages.evaluate`) serve them all.
+
+A predictor is one file in ``models/predictors/`` that holds ``Options`` (a strict frozen pydantic model) and one
+subclass of `Predictor` made by ``Class(options, vae=..., height=..., width=..., context=...)``; `find` and `build`
+need nothing more than the file's name.
 """
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float
+from pydantic import BaseModel
 from torch import Tensor, nn
 
+import models.predictors
 from data.clips import Clip, Context
+
+if TYPE_CHECKING:
+    from models.autoencoder import FrameVAE
 
 
 @dataclass(frozen=True)
@@ -31,9 +42,24 @@ class Rollout:
 
 
 class Predictor(nn.Module, ABC):
-    """Base of every predictor. ``needs`` names the fields of `Clip` that ``forward`` reads (empty: no training)."""
+    """Base of every predictor.
 
-    needs: ClassVar[frozenset[str]] = frozenset()
+    - ``needs`` names the fields of `Clip` that ``forward`` reads (empty: no training). An instance may narrow or
+      widen its class's, where that depends on its options: read it from the instance.
+    - ``borrowed`` names the submodules that are held frozen and belong to somebody else (the frame VAE): they are
+      neither trained nor saved with the predictor.
+    - ``needs_vae`` says whether it can be built without a frame VAE.
+    - ``context`` is the number of observed frames: a training clip has ``context + k`` frames, and the loss covers
+      the k frames after the context.
+    """
+
+    needs: ClassVar[frozenset[str]] | frozenset[str] = frozenset()  # pyright: ignore[reportGeneralTypeIssues]
+    borrowed: ClassVar[frozenset[str]] = frozenset()
+    needs_vae: ClassVar[bool] = False
+
+    def __init__(self, *, height: int, width: int, context: int) -> None:
+        super().__init__()
+        self.height, self.width, self.context = height, width, context
 
     @abstractmethod
     def forward(self, batch: Clip) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
@@ -42,3 +68,59 @@ class Predictor(nn.Module, ABC):
     @abstractmethod
     def rollout(self, context: Context, horizon: int, generator: torch.Generator) -> Rollout:
         """Predict ``horizon`` frames. Randomness comes from ``generator`` alone."""
+
+    def train(self, mode: bool = True) -> Predictor:
+        """As in `nn.Module`, but what is borrowed stays in evaluation mode."""
+        super().train(mode)
+        for name in self.borrowed:
+            getattr(self, name).eval()
+        return self
+
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """Trainable parameters by name, without those of borrowed modules."""
+        return {n: p for n, p in self.named_parameters() if p.requires_grad and self._is_own(n)}
+
+    def own_state(self) -> dict[str, Tensor]:
+        """The state dict without borrowed modules: what a checkpoint holds."""
+        return {n: value for n, value in self.state_dict().items() if self._is_own(n)}
+
+    def _is_own(self, name: str) -> bool:
+        return name.split(".", 1)[0] not in self.borrowed
+
+
+def available() -> list[str]:
+    """Names of all predictors: the files of ``models/predictors``."""
+    return sorted(module.name for module in pkgutil.iter_modules(models.predictors.__path__))
+
+
+def find(name: str) -> tuple[type[BaseModel], type[Predictor]]:
+    """The options and the class of a predictor. Raises ValueError listing the names there are."""
+    if name not in available():
+        raise ValueError(f"no predictor is called {name!r}; there are: {', '.join(available())}")
+    module = importlib.import_module(f"models.predictors.{name}")
+    classes = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Predictor) and value.__module__ == module.__name__
+    ]
+    if len(classes) != 1 or not hasattr(module, "Options"):
+        found = [c.__name__ for c in classes]
+        raise TypeError(f"{module.__name__} must hold `Options` and exactly one Predictor; its predictors: {found}")
+    return module.Options, classes[0]
+
+
+def build(
+    name: str, options: dict[str, Any], *, vae: FrameVAE | None, height: int, width: int, context: int
+) -> Predictor:
+    """A predictor with fresh weights, made from plain options (checked strictly by its ``Options``).
+
+    ``height`` and ``width`` in pixels, ``context`` in frames. Raises ValueError for an unknown name or a missing VAE,
+    pydantic's ValidationError for options that do not exist or do not fit.
+    """
+    schema, kind = find(name)
+    if kind.needs_vae and vae is None:
+        raise ValueError(f"predictor {name!r} works on latents and needs a frame VAE; none was given")
+    constructor: Any = kind
+    return constructor(
+        schema.model_validate(options), vae=vae if kind.needs_vae else None, height=height, width=width, context=context
+    )
