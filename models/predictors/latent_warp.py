@@ -1,0 +1,179 @@
+"""Approach 4: the next latent is the present one moved, masked and mended.
+
+``next = warp(latent, flow) * mask + residual``, recursively. Three heads on one trunk give backward flow, visibility
+and residual; the residual head sees the whole warped latent. They start at the identity (no correction of the
+flow, mask near 1, residual 0): before training this predictor *is* `copy_last`, or, with ``motion_prior: teacher``,
+`advect`, both in latent space. The flow is a state that is carried along itself from step to step and corrected
+by the flow head, so what has been stopped stays stopped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from data.clips import Clip, Context
+from models.autoencoder import FrameVAE
+from models.blocks import Trunk, coordinates
+from models.heads import FlowHead, OcclusionHead, ResidualHead
+from models.losses import flow_error, latent_error, visibility_error, weighted_mean
+from models.predictor import Predictor, Rollout
+from models.warp import advect_flow, backward_warp, resize_flow
+
+Latent = Float[Tensor, "b z hz wz"]
+
+
+class Options(BaseModel):
+    """Architecture and loss weights."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    motion_prior: Literal["none", "teacher"] = Field(
+        default="teacher", description="none: motion from latents alone; teacher: start from the last observed flow"
+    )
+    width: int = Field(default=96, ge=8, description="channels of the trunk")
+    features: int = Field(default=48, ge=8, description="channels that the heads see, on the latent grid")
+    blocks: int = Field(default=6, ge=1, description="residual blocks of the trunk")
+    coarsen: int = Field(default=2, ge=1, description="the trunk's grid is this much coarser than the latents'")
+    past: int = Field(default=3, ge=1, description="latents that the trunk sees, the present one included")
+    flow_stride: int = Field(default=2, ge=1, description="pixels per cell of the grid on which flow is carried along")
+    flip: bool = Field(
+        default=True, description="train on every other window mirrored; it then reads frames, not latents"
+    )
+    latent: float = Field(default=1.0, ge=0, description="weight of the next latent's error relative to copying")
+    flow: float = Field(default=0.03, ge=0, description="weight of the flow's end-point error against the teacher")
+    mask: float = Field(default=0.01, ge=0, description="weight of the visibility's balanced cross-entropy")
+    warped: float = Field(default=0.1, ge=0, description="weight of the same of the warped latent where it is visible")
+    residual: float = Field(default=0.01, ge=0, description="weight of the residual's mean size")
+
+
+# Windows in which nothing moves have nothing to be relative to.
+COPYING_FLOOR = 0.005
+
+
+@dataclass(frozen=True)
+class Step:
+    """One prediction: flow on its own grid in its own cells, the rest on the latent grid."""
+
+    latent: Latent
+    warped: Latent
+    residual: Latent
+    flow_bwd: Float[Tensor, "b 2 hf wf"]
+    visible_logits: Float[Tensor, "b 1 hz wz"]
+
+
+class LatentWarp(Predictor):
+    """See the module. Latents are normalised, flow is carried on a grid of ``flow_stride`` pixels per cell."""
+
+    borrowed = frozenset({"vae"})
+    needs_vae = True
+
+    def __init__(self, options: Options, *, vae: FrameVAE, height: int, width: int, context: int) -> None:
+        super().__init__(height=height, width=width, context=context)
+        if context < options.past or context < 2:
+            raise ValueError(f"context is {context}; it must be at least 2 and hold past={options.past} latents")
+        self.options = options
+        self.needs = frozenset({"frames" if options.flip else "latents", "flow_bwd", "visible"})
+        self.vae = vae.eval().requires_grad_(False)
+        z, stride = int(vae.config["latent_channels"]), int(vae.config["stride"])
+        self.trunk = Trunk(
+            z * options.past + 5, options.width, options.features, blocks=options.blocks, coarsen=options.coarsen
+        )
+        self.flow_head = FlowHead(options.features, cell=stride / options.flow_stride)
+        self.occlusion_head = OcclusionHead(options.features)
+        self.residual_head = ResidualHead(options.features, z, options.features)
+
+    def step(self, past: list[Latent], flow_bwd: Float[Tensor, "b 2 hf wf"]) -> Step:
+        """One step on: ``past`` from the oldest to the present latent, ``flow_bwd`` of the pair that ended there."""
+        present = past[-1]
+        grid = present.shape[-2:]
+        prior = advect_flow(flow_bwd)
+        on_grid = resize_flow(prior, *grid)
+        arriving = backward_warp(present, on_grid)
+        seen = [arriving, *past[:-1][::-1]]
+        moving = on_grid.norm(dim=1, keepdim=True)
+        features = self.trunk(torch.cat([*seen, on_grid, moving, coordinates(present)], dim=1))
+        corrected = self.flow_head(features, prior)
+        warped = backward_warp(present, resize_flow(corrected, *grid))
+        logits = self.occlusion_head(features)
+        residual = self.residual_head(features, warped)
+        return Step(warped * torch.sigmoid(logits) + residual, warped, residual, corrected, logits)
+
+    def forward(self, batch: Clip) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
+        """Mean over the predicted frames of every term; the rollout is unrolled and trained through."""
+        latents, teacher, visible = self._targets(batch)
+        x = self.context
+        steps = self.unroll([latents[:, k] for k in range(x)], teacher[:, x - 2], latents.shape[1] - x)
+        grid, gain = latents.shape[-2:], self.vae.latent_gain
+        terms: dict[str, list[Tensor]] = {"latent": [], "flow": [], "mask": [], "warped": [], "residual": []}
+        for k, step in enumerate(steps, start=x):
+            true_visible = F.interpolate(visible[:, k - 1], grid, mode="area")
+            copying = latent_error(latents[:, x - 1], latents[:, k], gain).mean() + COPYING_FLOOR
+            terms["latent"].append(latent_error(step.latent, latents[:, k], gain).mean() / copying)
+            terms["flow"].append(flow_error(resize_flow(step.flow_bwd, *grid), resize_flow(teacher[:, k - 1], *grid)))
+            terms["mask"].append(visibility_error(step.visible_logits, true_visible))
+            warped = weighted_mean(latent_error(step.warped, latents[:, k], gain), true_visible)
+            terms["warped"].append(warped / copying)
+            terms["residual"].append(step.residual.abs().mean())
+        logs = {name: torch.stack(values).mean() for name, values in terms.items()}
+        loss = sum((getattr(self.options, name) * value for name, value in logs.items()), start=torch.zeros(()))
+        return loss, {name: value.detach() for name, value in logs.items()}
+
+    def _targets(self, batch: Clip) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents, the teacher's flow and visibility, with every other window mirrored where ``flip`` is on.
+
+        The camera is fixed, upright and centred, so a mirrored CLEVRER is one too, but for its lamps. Latents cannot
+        be mirrored: they are encoded anew.
+        """
+        teacher, visible = batch.require("flow_bwd").float(), batch.require("visible").float()
+        if not self.options.flip:
+            return batch.require("latents").float(), teacher, visible
+        frames = mirror_odd(batch.require("frames"))
+        with torch.no_grad():
+            latents = self.vae.to_latents(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
+        sign = torch.tensor([-1.0, 1.0], device=teacher.device)[:, None, None]
+        return latents, mirror_odd(teacher, sign), mirror_odd(visible)
+
+    def unroll(self, observed: list[Latent], last_flow_bwd: Float[Tensor, "b 2 h w"], horizon: int) -> list[Step]:
+        """``horizon`` steps from the observed latents and the last observed flow, in pixels."""
+        stride = self.options.flow_stride
+        flow_bwd = resize_flow(last_flow_bwd, self.height // stride, self.width // stride)
+        if self.options.motion_prior == "none":
+            flow_bwd = torch.zeros_like(flow_bwd)
+        past = observed[-self.options.past :]
+        steps = []
+        for _ in range(horizon):
+            step = self.step(past, flow_bwd)
+            past, flow_bwd = [*past[1:], step.latent], step.flow_bwd
+            steps.append(step)
+        return steps
+
+    def rollout(self, context: Context, horizon: int, generator: torch.Generator) -> Rollout:
+        """Encode the observed frames, step in latent space, decode. Nothing is drawn from ``generator``."""
+        x = context.frames.shape[1]
+        latents = self.vae.to_latents(rearrange(context.frames, "b x c h w -> (b x) c h w"))
+        observed = list(rearrange(latents, "(b x) c h w -> x b c h w", x=x))
+        steps = self.unroll(observed, context.flow_bwd[:, -1], horizon)
+        size = (self.height, self.width)
+        masks = [torch.sigmoid(F.interpolate(s.visible_logits, size, mode="bilinear")) for s in steps]
+        return Rollout(
+            frames=torch.stack([self.vae.to_frames(s.latent) for s in steps], 1),
+            flow_bwd=torch.stack([resize_flow(s.flow_bwd, *size) for s in steps], 1),
+            visible=torch.stack(masks, 1),
+        )
+
+
+def mirror_odd(
+    windows: Float[Tensor, "b t c h w"], sign: Float[Tensor, "c 1 1"] | None = None
+) -> Float[Tensor, "b t c h w"]:
+    """Windows 1, 3, 5, ... of the batch mirrored left to right, their channels times ``sign``: dx changes its own."""
+    out = windows.clone()
+    out[1::2] = windows[1::2].flip(-1) * (1.0 if sign is None else sign)
+    return out

@@ -1,0 +1,231 @@
+"""The contract, tested on every file of ``models/predictors``, and what `latent_warp` promises on its own.
+
+A predictor is tested here by existing: put its file there and these tests run on it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import repeat
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from data.clips import Clip, Context
+from models.autoencoder import FrameVAE
+from models.losses import latent_error
+from models.predictor import Predictor, available, build, find
+from models.training import TrainingOptions, train
+from models.warp import advect_flow, backward_warp, resize_flow
+
+HEIGHT, WIDTH, CONTEXT, HORIZON = 32, 48, 4, 3
+
+# Smaller than the defaults, so that the whole folder is tested in seconds. A predictor may be absent.
+SMALL: dict[str, dict[str, Any]] = {"latent_warp": {"width": 16, "features": 16, "blocks": 2}}
+
+
+def scene(count: int = 2, seed: int = 0, frames: int = CONTEXT + HORIZON) -> Clip:
+    """Squares that move at constant velocity over a slope, with their true flow and visibility."""
+    generator = torch.Generator().manual_seed(seed)
+    pictures = (
+        torch.linspace(0.3, 0.6, HEIGHT)[None, None, None, :, None].expand(count, frames, 3, HEIGHT, WIDTH).clone()
+    )
+    flow_bwd = torch.zeros(count, frames - 1, 2, HEIGHT, WIDTH)
+    visible = torch.ones(count, frames - 1, 1, HEIGHT, WIDTH)
+    for i in range(count):
+        y, x = (
+            int(torch.randint(4, 16, (1,), generator=generator)),
+            int(torch.randint(4, 16, (1,), generator=generator)),
+        )
+        colour = torch.rand(3, 1, 1, generator=generator)
+        for k in range(frames):
+            pictures[i, k, :, y : y + 8, x + 2 * k : x + 2 * k + 8] = colour
+            if k:
+                flow_bwd[i, k - 1, 0, y : y + 8, x + 2 * k : x + 2 * k + 8] = -2
+                visible[i, k - 1, 0, y : y + 8, x + 2 * k - 2 : x + 2 * k] = 0
+    numbers = torch.arange(count)
+    return Clip(video=numbers, start=numbers, frames=pictures, flow_bwd=flow_bwd, visible=visible)
+
+
+@pytest.fixture(scope="module")
+def vae() -> FrameVAE:
+    torch.manual_seed(0)
+    made = FrameVAE(latent_channels=12, stride=4, width=8, blocks=1)
+    pictures = scene(8).require("frames").flatten(0, 1)
+    made.fit_basis(pictures)
+    made.calibrate([pictures])
+    return made.eval().requires_grad_(False)
+
+
+def with_latents(clip: Clip, vae: FrameVAE) -> Clip:
+    frames = clip.require("frames")
+    return replace(clip, latents=vae.to_latents(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]))
+
+
+def observed(clip: Clip) -> Context:
+    frames, flow_bwd, visible = (clip.require(name) for name in ("frames", "flow_bwd", "visible"))
+    return Context(frames[:, :CONTEXT], flow_bwd[:, : CONTEXT - 1], visible[:, : CONTEXT - 1])
+
+
+def made(name: str, vae: FrameVAE, **options: Any) -> Predictor:
+    torch.manual_seed(0)
+    return build(name, {**SMALL.get(name, {}), **options}, vae=vae, height=HEIGHT, width=WIDTH, context=CONTEXT)
+
+
+def shaken(predictor: Predictor) -> Predictor:
+    """Away from the identity, where a peek into the future could hide behind zeros."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in predictor.own_parameters().values():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    return predictor.eval()
+
+
+every_predictor = pytest.mark.parametrize("name", available())
+
+
+@every_predictor
+def test_rollout_keeps_the_contract(name: str, vae: FrameVAE) -> None:
+    with torch.no_grad():
+        out = shaken(made(name, vae)).rollout(observed(scene()), HORIZON, torch.Generator().manual_seed(0))
+    assert out.frames.shape == (2, HORIZON, 3, HEIGHT, WIDTH)
+    assert out.frames.min() >= 0
+    assert out.frames.max() <= 1
+    if out.flow_bwd is not None:
+        assert out.flow_bwd.shape == (2, HORIZON, 2, HEIGHT, WIDTH)
+    if out.visible is not None:
+        assert out.visible.shape == (2, HORIZON, 1, HEIGHT, WIDTH)
+        assert 0 <= out.visible.min() <= out.visible.max() <= 1
+
+
+@every_predictor
+def test_nothing_of_the_future_reaches_a_rollout(name: str, vae: FrameVAE) -> None:
+    predictor, clip = shaken(made(name, vae)), scene()
+    other = replace(clip, **{key: clip.require(key).clone() for key in ("frames", "flow_bwd", "visible")})
+    noise = torch.Generator().manual_seed(2)
+    other.require("frames")[:, CONTEXT:].uniform_(generator=noise)
+    other.require("flow_bwd")[:, CONTEXT - 1 :].uniform_(-3, 3, generator=noise)
+    other.require("visible")[:, CONTEXT - 1 :].uniform_(generator=noise)
+    with torch.no_grad():
+        a, b = (predictor.rollout(observed(c), HORIZON, torch.Generator().manual_seed(0)) for c in (clip, other))
+    for field in ("frames", "flow_bwd", "visible"):
+        left, right = getattr(a, field), getattr(b, field)
+        assert (left is None) == (right is None)
+        assert left is None or torch.equal(left, right)
+
+
+@every_predictor
+def test_the_loss_reaches_every_parameter(name: str, vae: FrameVAE) -> None:
+    predictor = made(name, vae)
+    if not predictor.needs:
+        with pytest.raises(TypeError, match="without training"):
+            predictor(scene())
+        return
+    shaken(predictor).train()
+    loss, logs = predictor(with_latents(scene(), vae))
+    loss.backward()
+    assert loss.isfinite()
+    assert logs
+    assert all(value.isfinite() and not value.requires_grad for value in logs.values())
+    silent = [n for n, p in predictor.own_parameters().items() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert not silent
+    assert all(p.grad is None for n, p in predictor.named_parameters() if n not in predictor.own_parameters())
+
+
+@every_predictor
+def test_it_reads_only_what_it_needs(name: str, vae: FrameVAE) -> None:
+    predictor, clip = made(name, vae), with_latents(scene(), vae)
+    if not predictor.needs:
+        return
+    unneeded = {"frames", "latents", "flow_bwd", "visible"} - predictor.needs
+    predictor(replace(clip, **dict.fromkeys(unneeded)))
+    for field in predictor.needs:
+        with pytest.raises(ValueError, match=field):
+            predictor(replace(clip, **{field: None}))
+
+
+@every_predictor
+def test_options_are_strict(name: str, vae: FrameVAE) -> None:
+    with pytest.raises(ValidationError, match="colour"):
+        made(name, vae, colour="red")
+    for field in find(name)[0].model_fields.values():
+        assert field.description
+
+
+@every_predictor
+@pytest.mark.slow
+def test_it_learns_one_clip(name: str, vae: FrameVAE) -> None:
+    predictor, clip = made(name, vae), with_latents(scene(), vae)
+    if not predictor.needs:
+        return
+    options = TrainingOptions(steps=15, learning_rate=5e-3, warmup=2, ema=0.0, precision="float32", horizon_ramp=0.0)
+    curve = train(predictor, repeat(clip), options).curves["loss"]
+    assert curve[-1] < 0.7 * curve[0]
+
+
+@every_predictor
+def test_same_seed_same_weights(name: str, vae: FrameVAE) -> None:
+    clip = with_latents(scene(), vae)
+    if not made(name, vae).needs:
+        return
+    first, second = made(name, vae), made(name, vae)
+    for predictor in (first, second):
+        train(predictor, repeat(clip), TrainingOptions(steps=2, precision="float32"))
+    assert all(torch.equal(a, b) for a, b in zip(first.own_state().values(), second.own_state().values(), strict=True))
+
+
+def test_an_unknown_predictor_lists_those_there_are() -> None:
+    with pytest.raises(ValueError, match="'oracle'; there are: advect, copy_last,"):
+        find("oracle")
+
+
+def test_latent_warp_without_a_vae_is_an_error() -> None:
+    with pytest.raises(ValueError, match="needs a frame VAE"):
+        build("latent_warp", {}, vae=None, height=HEIGHT, width=WIDTH, context=CONTEXT)
+
+
+def test_latent_warp_without_prior_starts_as_copy_last(vae: FrameVAE) -> None:
+    predictor, context = made("latent_warp", vae, motion_prior="none"), observed(scene())
+    with torch.no_grad():
+        out = predictor.rollout(context, HORIZON, torch.Generator())
+    last = vae(context.frames[:, -1]).sample.clamp(0, 1)
+    for k in range(HORIZON):
+        torch.testing.assert_close(out.frames[:, k], last, atol=0.005 * (k + 1), rtol=0)
+    assert out.flow_bwd is not None
+    assert torch.equal(out.flow_bwd, torch.zeros_like(out.flow_bwd))
+    assert out.visible is not None
+    assert out.visible.min() > 0.99
+
+
+def test_latent_warp_with_prior_starts_as_advection_of_latents(vae: FrameVAE) -> None:
+    predictor, context = made("latent_warp", vae, motion_prior="teacher"), observed(scene())
+    with torch.no_grad():
+        out = predictor.rollout(context, HORIZON, torch.Generator())
+    latent = vae.to_latents(context.frames[:, -1])
+    flow_bwd = resize_flow(context.flow_bwd[:, -1], HEIGHT // 2, WIDTH // 2)
+    for k in range(HORIZON):
+        flow_bwd = advect_flow(flow_bwd)
+        latent = backward_warp(latent, resize_flow(flow_bwd, HEIGHT // 4, WIDTH // 4))
+        torch.testing.assert_close(out.frames[:, k], vae.to_frames(latent), atol=0.005 * (k + 1), rtol=0)
+
+
+def test_the_prior_follows_a_square_that_moves_on(vae: FrameVAE) -> None:
+    clip = with_latents(scene(), vae)
+    truth = clip.require("latents")
+
+    def error(prior: str) -> float:
+        with torch.no_grad():
+            predictor: Any = made("latent_warp", vae, motion_prior=prior)
+            steps = predictor.unroll([truth[:, k] for k in range(CONTEXT)], clip.require("flow_bwd")[:, 2], HORIZON)
+        errors = [latent_error(s.latent, truth[:, CONTEXT + k], vae.latent_gain).mean() for k, s in enumerate(steps)]
+        return float(torch.stack(errors).mean())
+
+    assert error("teacher") < 0.6 * error("none")
+
+
+def test_latent_warp_never_trains_or_saves_the_vae(vae: FrameVAE) -> None:
+    predictor = made("latent_warp", vae).train()
+    assert not any(name.startswith("vae") for name in {**predictor.own_parameters(), **predictor.own_state()})
+    assert not predictor.get_submodule("vae").training
