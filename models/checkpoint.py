@@ -1,0 +1,146 @@
+"""Checkpoints of predictors: a folder that rebuilds the model on its own.
+
+``model.safetensors`` holds the weights (without those of borrowed modules), ``meta.json`` everything else, readable:
+the predictor's name and options, the sizes it was built for, and the digest of the frame VAE that it worked with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from data.errors import WeightsError
+from models.autoencoder import FrameVAE
+from models.predictor import Predictor, build
+
+WEIGHTS, META = "model.safetensors", "meta.json"
+
+
+class CheckpointMeta(BaseModel):
+    """``meta.json``. ``vae_digest`` is None for predictors without a frame VAE; ``extra`` is the caller's own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    clevrcast: str
+    name: str
+    options: dict[str, Any]
+    height: int
+    width: int
+    context: int
+    steps: int
+    weights_digest: str
+    vae_digest: str | None
+    extra: dict[str, Any] = {}
+
+
+def digest(module: nn.Module) -> str:
+    """sha256 over a module's own weights (name, type, shape and bytes of each) and, for a VAE, its configuration."""
+    own = module.own_state() if isinstance(module, Predictor) else module.state_dict()
+    settings = {k: v for k, v in module.config.items() if not k.startswith("_")} if isinstance(module, FrameVAE) else {}
+    return _digest(own, settings)
+
+
+def save_checkpoint(
+    folder: Path,
+    predictor: Predictor,
+    *,
+    name: str,
+    options: dict[str, Any],
+    steps: int,
+    vae: FrameVAE | None = None,
+    extra: dict[str, Any] | None = None,
+) -> CheckpointMeta:
+    """Write ``folder``; ``name`` and ``options`` are those given to `models.predictor.build`.
+
+    The meta file is written last and atomically: a folder that has one is complete.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / META).unlink(missing_ok=True)
+    state = {key: value.detach().cpu().contiguous() for key, value in predictor.own_state().items()}
+    save_file(state, folder / WEIGHTS)
+    meta = CheckpointMeta(
+        clevrcast=importlib.metadata.version("clevrcast"),
+        name=name,
+        options=options,
+        height=predictor.height,
+        width=predictor.width,
+        context=predictor.context,
+        steps=steps,
+        weights_digest=_digest(state, {}),
+        vae_digest=None if vae is None else digest(vae),
+        extra=extra or {},
+    )
+    unfinished = folder / (META + ".part")
+    unfinished.write_text(meta.model_dump_json(indent=2) + "\n")
+    unfinished.replace(folder / META)
+    return meta
+
+
+def read_meta(folder: Path) -> CheckpointMeta:
+    """What a checkpoint says about itself. Raises WeightsError if it is absent, unfinished or unreadable."""
+    path = folder / META
+    if not path.is_file():
+        raise WeightsError(f"{folder} holds no finished checkpoint ({META} is absent)", remedy="train the predictor")
+    try:
+        return CheckpointMeta.model_validate_json(path.read_text())
+    except ValidationError as error:
+        raise WeightsError(f"{path} is not a checkpoint's meta: {error}", remedy="train the predictor again") from error
+
+
+def load_predictor(folder: Path, *, vae: FrameVAE | None = None) -> Predictor:
+    """Rebuild a predictor, in evaluation mode, from its folder and the frame VAE that it was trained with.
+
+    Raises WeightsError, with both digests, if the weights or the VAE are not those of the checkpoint.
+    """
+    meta = read_meta(folder)
+    if meta.vae_digest is not None:
+        if vae is None:
+            raise WeightsError(
+                f"{folder} was trained with the frame VAE {meta.vae_digest}; none was given", remedy="give that VAE"
+            )
+        _compare(f"the frame VAE given for {folder}", digest(vae), meta.vae_digest, "give the VAE it was trained with")
+    try:
+        state = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"{folder / WEIGHTS} cannot be read: {error}", remedy="train the predictor again") from error
+    _compare(str(folder / WEIGHTS), _digest(state, {}), meta.weights_digest, "train the predictor again")
+    predictor = build(meta.name, meta.options, vae=vae, height=meta.height, width=meta.width, context=meta.context)
+    load_own_state(predictor, state)
+    return predictor.eval()
+
+
+def load_own_state(predictor: Predictor, state: dict[str, Tensor]) -> None:
+    """Put back what `Predictor.own_state` gave. Raises WeightsError naming what is missing, unknown or misshapen."""
+    own = predictor.own_state()
+    wrong = sorted(set(own) ^ set(state)) or [key for key in own if own[key].shape != state[key].shape]
+    if wrong:
+        raise WeightsError(
+            f"the weights do not fit {type(predictor).__name__}: {', '.join(wrong[:5])}",
+            remedy="train the predictor again",
+        )
+    with torch.no_grad():
+        for key, value in own.items():
+            value.copy_(state[key])
+
+
+def _compare(what: str, found: str, expected: str, remedy: str) -> None:
+    if found != expected:
+        raise WeightsError(f"{what} has the digest {found}, expected {expected}", remedy=remedy)
+
+
+def _digest(state: dict[str, Tensor], settings: dict[str, Any]) -> str:
+    total = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for key in sorted(state):
+        value = state[key].detach().cpu().contiguous()
+        total.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+        total.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
