@@ -1,0 +1,324 @@
+"""The report page: what is shown, escaped, left out and refused, and that nothing is asked for from outside."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import av
+import numpy as np
+import pytest
+
+from data import picture
+from data.chart import Chart, Curve, draw_chart, nice_ticks
+from data.page import (
+    Clip,
+    Figure,
+    Gallery,
+    Interval,
+    PageContent,
+    Provenance,
+    Quarantined,
+    Row,
+    TeacherRow,
+    Tile,
+    Timing,
+    build_page,
+    count,
+    duration,
+    number,
+)
+
+HOSTILE = "<script>alert('x')</script>&\"</title>"
+
+
+def film(shade: int, t: int = 5, h: int = 18, w: int = 26) -> np.ndarray:
+    frames = np.full((t, h, w, 3), shade, dtype=np.uint8)
+    frames[:, :, : w // 2, 0] = 255 - shade
+    return frames
+
+
+def content(**changes: object) -> PageContent:
+    curves = (
+        Curve("copy_last", (0.0, 0.0, 0.0), kind="baseline"),
+        Curve("warp", (0.5, None, 0.25), (0.4, None, 0.2), (0.6, None, 0.3)),
+    )
+    whole = PageContent(
+        title="Report",
+        summary="What came out.",
+        facts=(("protocol", "demo"),),
+        skill_steps=(1, 3),
+        rows=(
+            Row("copy_last", "baseline", Interval(0.0, 0.0, 0.0), (0.0, 0.0), psnr=33.6),
+            Row("advect", "baseline", Interval(0.4, 0.3, 0.5), (0.6, 0.3)),
+            Row(
+                "warp",
+                "predictor",
+                Interval(-0.125, -0.25, 0.0625),
+                (0.5, None),
+                psnr=36.125,
+                advantage=Interval(0.1, 0.05, 0.15),
+                parameters=1_234_567,
+                frames_per_second=61.5,
+                seconds_trained=7800.0,
+            ),
+            Row("vae", "ceiling", Interval(0.9), (0.8, 0.95)),
+        ),
+        charts=(Chart("Skill", "", "higher", curves, zero=True),),
+        clips=(Clip("sim_00010", 8, "most motion", 2, 12.5, film(60), (Tile("warp", film(80), "skill 0.1"),)),),
+        teachers=(TeacherRow("dis", 0.2, 0.6, None, 0.64),),
+        galleries=(Gallery("Flow", "Colours.", (Figure("the wheel", picture.flow_legend(16)),)),),
+        quarantine=(Quarantined("video_10800", "acquire", "annotation is broken"),),
+        timings=(Timing("decode", 8.0, 400, "frames"), Timing("report", 0.0)),
+        provenance=(Provenance("Parameters", "seed: 0\n  x: <1>"),),
+        definitions=(("skill", "1 - a / b"),),
+    )
+    return replace(whole, **changes)
+
+
+class Reader(HTMLParser):
+    """Checks that elements nest, and gathers text, rows of tables, attributes that load something."""
+
+    VOID = frozenset({"meta", "link", "img", "input", "br"})
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.rows: list[list[str]] = []
+        self.text: list[str] = []
+        self.links: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(page)
+        self.close()
+        assert self.open == []
+        self.rows = [[" ".join(cell.split()) for cell in row] for row in self.rows]
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self.links += [v for k, v in attrs if k in ("src", "href", "poster", "data", "action", "srcset") and v]
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] in ("script", "style"):
+            return
+        self.text.append(data)
+        if {"td", "th"} & set(self.open):
+            self.rows[-1][-1] = (self.rows[-1][-1] + data).lstrip()
+
+
+def test_page_asks_for_nothing_from_outside() -> None:
+    page = build_page(content())
+    assert 'http-equiv="Content-Security-Policy" content="default-src \'none\'' in page
+    assert all(link.startswith(("data:", "#")) for link in Reader(page).links)
+    shell = re.sub(r"data:[a-z/0-9]+;base64,[A-Za-z0-9+/=]+", "", page)
+    assert not re.search(r"https?://|url\(|@import|\bfetch\(|XMLHttpRequest|import\(", shell)
+
+
+def test_same_content_same_bytes() -> None:
+    assert build_page(content()) == build_page(content())
+
+
+def test_everything_is_escaped() -> None:
+    page = build_page(
+        content(
+            title=HOSTILE,
+            summary=HOSTILE,
+            facts=((HOSTILE, HOSTILE),),
+            rows=(Row(HOSTILE, "predictor", Interval(0.1), (0.1, 0.1)),),
+            charts=(Chart(HOSTILE, HOSTILE, "lower", (Curve(HOSTILE, (1.0, 2.0)),)),),
+            clips=(Clip(HOSTILE, 0, HOSTILE, 2, 12.5, film(1), (Tile(HOSTILE, film(2), HOSTILE),)),),
+            teachers=(TeacherRow(HOSTILE, None, None, None, None),),
+            galleries=(Gallery(HOSTILE, HOSTILE, (Figure(HOSTILE, picture.flow_legend(4)),)),),
+            quarantine=(Quarantined(HOSTILE, HOSTILE, HOSTILE),),
+            timings=(Timing(HOSTILE, 1.0, 1, HOSTILE, HOSTILE),),
+            provenance=(Provenance(HOSTILE, HOSTILE),),
+            definitions=((HOSTILE, HOSTILE),),
+        )
+    )
+    assert "<script>alert" not in page
+    assert page.count("<script>") == 1
+    assert HOSTILE in "".join(Reader(page).text)
+
+
+def test_headline_table_in_the_order_given() -> None:
+    rows = Reader(build_page(content())).rows
+    assert [row[0].split()[0] for row in rows[1:5]] == ["copy_last", "advect", "warp", "vae"]
+    assert [row[0].split()[-1] for row in rows[1:5]] == ["baseline", "baseline", "warp", "ceiling"]
+    minus, absent = "\N{MINUS SIGN}", "\N{EN DASH}"
+    assert rows[3] == [
+        "warp",
+        f"{minus}0.125 [{minus}0.250, 0.062]",
+        "",
+        "0.50",
+        absent,
+        "0.100 [0.050, 0.150]",
+        "36.12",
+        absent,
+        absent,
+        "1.23 M",
+        "61.5",
+        "2 h 10 min",
+    ]
+    assert rows[4][1] == "0.900", "no interval, no brackets"
+    assert len({len(row) for row in rows[:5]}) == 1
+
+
+def test_absent_is_said_and_never_zero() -> None:
+    bare = content(
+        charts=(), clips=(), teachers=(), galleries=(), quarantine=(), timings=(), provenance=(), definitions=()
+    )
+    page = build_page(bare)
+    reader = Reader(page)
+    sections = [attrs["id"] for tag, attrs in reader.tags if tag == "section"]
+    assert sections == ["headline", "quarantine"]
+    assert "none" in [text.strip() for text in reader.text]
+    assert "nan" not in " ".join(reader.text).lower()
+    anchors = {link[1:] for link in reader.links if link.startswith("#")}
+    assert anchors == {"headline", "quarantine"}
+
+
+def test_every_section_has_what_it_was_given() -> None:
+    reader = Reader(build_page(content()))
+    ids = {attrs["id"] for _, attrs in reader.tags if attrs.get("id")}
+    assert {link[1:] for link in reader.links if link.startswith("#")} <= ids
+    text = " ".join(" ".join(reader.text).split())
+    for part in (
+        "most motion",
+        "Video sim_00010, 2 observed and 3 predicted frames from frame 8 on",
+        "skill 0.1",
+        "1 item put aside; nothing stands in for it",
+        "annotation is broken",
+        "the wheel",
+        "x: <1>",
+    ):
+        assert part in text
+    assert ["decode", "8.0 s", "", "400 frames", "50 /s", ""] in reader.rows
+    assert ["report", "0.0 s", "", "\N{EN DASH}", "\N{EN DASH}", ""] in reader.rows
+    assert ["Step", "1", "2", "3"] in reader.rows
+    assert ["warp", "0.500", "\N{EN DASH}", "0.250"] in reader.rows
+    assert all(attrs.get("alt") for tag, attrs in reader.tags if tag == "img")
+    assert all(attrs.get("aria-label") for tag, attrs in reader.tags if tag in ("canvas", "input"))
+
+
+def test_film_holds_truth_prediction_and_error_where_the_page_says() -> None:
+    truth, said = film(60), film(100)
+    page = build_page(content(clips=(Clip("v", 0, "first", 2, 12.5, truth, (Tile("a", said), Tile("b", truth))),)))
+    canvases = [attrs for tag, attrs in Reader(page).tags if tag == "canvas"]
+    source = re.search(r'src="data:video/mp4;base64,([^"]+)"', page)
+    assert source is not None
+    with av.open(io.BytesIO(base64.b64decode(source[1])), "r") as container:
+        decoded = np.stack([f.to_ndarray(format="rgb24", src_colorspace="ITU709") for f in container.decode(video=0)])
+    error = np.stack([picture.error_picture(a, b) for a, b in zip(said, truth, strict=True)])
+    none = np.stack([picture.error_picture(a, a) for a in truth])
+    assert len(decoded) == len(truth)
+    for canvas, expected in zip(canvases, (truth, said, error, truth, none), strict=True):
+        x, y, w, h = (int(canvas[name] or 0) for name in ("data-x", "data-y", "width", "height"))
+        assert (h, w) == truth.shape[1:3]
+        assert x % 16 == y % 16 == 0
+        shown = decoded[:, y : y + h, x : x + w].astype(int)
+        assert np.abs(shown - expected)[:, :, [2, 3, 20, 21]].mean() < 4, "apart from the blurred colour edge"
+
+
+def test_nonsense_is_refused() -> None:
+    rows = content().rows
+    with pytest.raises(ValueError, match=r"'warp' gives skill at 1 of steps \(1, 3\)"):
+        build_page(content(rows=(replace(rows[2], skill_at=(0.1,)),)))
+    with pytest.raises(ValueError, match="different names"):
+        build_page(content(rows=(rows[0], rows[0])))
+    clip = content().clips[0]
+    with pytest.raises(ValueError, match=r"sim_00010 \(most motion\) differ in shape"):
+        build_page(content(clips=(replace(clip, predictions=(Tile("short", film(1, t=4)),)),)))
+    with pytest.raises(ValueError, match="5 observed of 5 frames"):
+        build_page(content(clips=(replace(clip, observed=5),)))
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (None, "\N{EN DASH}"),
+        (math.nan, "\N{EN DASH}"),
+        (1.0, "1.000"),
+        (-0.0001, "0.000"),
+        (-1.5, "\N{MINUS SIGN}1.500"),
+    ],
+)
+def test_numbers(value: float | None, expected: str) -> None:
+    assert number(value) == expected
+
+
+def test_counts_and_durations() -> None:
+    assert [count(v) for v in (0, 950, 999.9, 12_345, 4_560_000, None)] == [
+        "0",
+        "950",
+        "1 k",
+        "12.3 k",
+        "4.56 M",
+        "\N{EN DASH}",
+    ]
+    assert [duration(v) for v in (0.44, 12.0, 59.7, 185.0, 3599.8, 7800.0)] == [
+        "0.4 s", "12 s", "1 min 00 s", "3 min 05 s", "1 h 00 min", "2 h 10 min",
+    ]  # fmt: skip
+
+
+# --- charts ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (0.0, 1.0, [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]),
+        (31.2, 44.9, [30.0, 35.0, 40.0, 45.0]),
+        (-0.33, 0.61, [-0.4, -0.2, 0.0, 0.2, 0.4, 0.6, 0.8]),
+        (2.0, 2.0, None),
+    ],
+)
+def test_ticks_are_round_and_enclose(low: float, high: float, ticks: list[float] | None) -> None:
+    found = nice_ticks(low, high)
+    assert found[0] <= low
+    assert found[-1] >= high
+    assert 2 <= len(found) <= 8
+    assert ticks in (None, found)
+
+
+def test_chart_draws_values_where_they_belong() -> None:
+    svg = draw_chart(
+        Chart("t", "", "higher", (Curve("a", (0.0, 0.5, 1.0), (0.0, 0.4, 1.0), (0.0, 0.6, 1.0)),)), {"a": 3}
+    )
+    dots = [(float(x), float(y)) for x, y in re.findall(r'class="dot" cx="([\d.]+)" cy="([\d.]+)"', svg)]
+    assert [x for x, _ in dots] == [50, 259, 468]
+    assert [y for _, y in dots] == [262, 137, 12]
+    band = re.search(r'class="band" points="([^"]+)"', svg)
+    assert band is not None
+    assert band[1].split() == ["50.0,262.0", "259.0,162.0", "468.0,12.0", "468.0,12.0", "259.0,112.0", "50.0,262.0"]
+    assert "c3" in svg
+
+
+def test_chart_breaks_at_gaps_and_cuts_at_the_floor() -> None:
+    curve = Curve("a", (1.0, 0.5, None, 0.25, -9.0))
+    svg = draw_chart(Chart("t", "", "higher", (curve,), zero=True, floor=-0.5), {"a": 0})
+    assert svg.count("<polyline") == 2
+    assert svg.count('class="dot"') == 4
+    assert 'data-values="1,0.5,,0.25,-9"' in svg
+    ticks = [float(t) for t in re.findall(r'text-anchor="end">([-\d.]+)<', svg)]
+    assert min(ticks) == -0.5
+
+
+def test_chart_needs_values_of_one_length() -> None:
+    for curves in ((), (Curve("a", (None, None)),), (Curve("a", (1.0,)), Curve("b", (1.0, 2.0)))):
+        with pytest.raises(ValueError, match="curves of one length with a value"):
+            draw_chart(Chart("t", "", "higher", curves), {"a": 0, "b": 1})
