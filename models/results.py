@@ -26,7 +26,8 @@ from jaxtyping import UInt8
 
 from data.errors import StoreError
 from data.picture import error_picture, panel, write_png, write_video
-from models.evaluation import Evaluation, Example, Speed
+from models.evaluation import Evaluation, Speed
+from models.examples import Example
 from models.metrics import METRICS, Score, score
 from models.statistics import from_json
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from data.clips import Clip, Context
 from data.errors import EmptyError, NonFiniteError, StoreError
-from models.evaluation import Evaluation, Examples, Window, evaluate, evaluate_reconstruction
+from models.evaluation import Evaluation, Window, evaluate, evaluate_reconstruction
+from models.examples import Examples
 from models.metrics import METRICS, paired_difference, score
 from models.predictor import Predictor, Rollout
 from models.results import read_results, write_results
