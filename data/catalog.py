@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from data.errors import EmptyError
 from data.store import FORMAT, MANIFEST, read_manifest, write_json
@@ -31,7 +31,7 @@ class Catalog:
     quarantine: tuple[dict[str, Any], ...]
 
     @classmethod
-    def load(cls, root: Path | str) -> Self:
+    def load(cls, root: Path | str) -> Catalog:
         """Read the manifest in ``root``. Raises StoreError where there is none."""
         manifest = read_manifest(Path(root))
         return cls(Path(root), tuple(Video(**v) for v in manifest["videos"]), tuple(manifest["quarantine"]))

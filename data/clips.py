@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Self
 
 import numpy as np
 import torch
@@ -42,7 +41,7 @@ class Clip:
             raise ValueError(f"this clip was loaded without {name!r}; name it in the predictor's `needs`")
         return value
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self, device: torch.device | str) -> Clip:
         moved = {f.name: value.to(device) for f in fields(self) if (value := getattr(self, f.name)) is not None}
         return replace(self, **moved)
 

@@ -34,7 +34,7 @@ class Acquire(Section):
     source: Literal["simulated", "local"]
     root: str | None = None
     """`local`: a folder in CLEVRER's layout."""
-    videos: dict[Literal["train", "validation", "test"], str] | Literal["official"]
+    videos: dict[Literal["train", "validation", "test"], str | int] | Literal["official"]
     """Split -> ids such as ``0-8,10``; every listed video must exist, or is quarantined with the reason."""
     seed: int = 0
 

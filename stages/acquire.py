@@ -7,8 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from data.physics import simulate
-from data.shading import render
 
 from data.catalog import Catalog, Video
 from data.clevrer import (
@@ -68,7 +66,7 @@ def _wanted(job: Job) -> dict[int, str]:
     wanted: dict[int, str] = {}
     for split, text in videos.items():
         try:
-            ids = parse_ids(text)
+            ids = parse_ids(str(text))
         except ValueError as error:
             raise SourceError(f"acquire.videos.{split}: {error}", remedy="write ids such as 0-8,10") from error
         for i in ids:
@@ -92,6 +90,9 @@ def _absence(video: int, found: dict[int, FoundVideo]) -> str:
 
 
 def _simulate(seed: int, device: str) -> Callable[[Unit, Path, Tick], list[BadItem]]:
+    from data.physics import simulate  # Bullet and the renderer are loaded only where they are used
+    from data.shading import render
+
     def make(unit: Unit, folder: Path, tick: Tick) -> list[BadItem]:
         for video in unit.ids:
             # One generator per video: a video does not depend on which others are asked for.

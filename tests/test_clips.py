@@ -1,0 +1,107 @@
+"""The clip loader: the right frames beside the right flow, in an order that a seed decides."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data.clips import ClipSource
+from data.errors import EmptyError, StoreError
+from data.store import ArraySpec, ShardPlace, Store, assemble, write_shard
+
+T, H, W = 12, 8, 12
+
+
+def store(folder: Path, spec: ArraySpec, videos: dict[int, np.ndarray]) -> Store:
+    write_shard(folder / "work", [spec], {i: {spec.name: a} for i, a in videos.items()}, 8)
+    place = ShardPlace(0, folder / "work", tuple(sorted(videos)), "k")
+    assemble(folder / "out", [spec], [place], 8, manifest={"stage": "test", "quarantine": []})
+    return Store(folder / "out")
+
+
+@pytest.fixture
+def stores(tmp_path: Path) -> dict[str, Store]:
+    """Frame t of video i has the grey level 10 i + t; flow k (at twice the resolution) is 2 (k + 1) px to the right."""
+    frames = {
+        i: np.full((T, H, W, 3), 10 * i, np.uint8) + np.arange(T, dtype=np.uint8)[:, None, None, None]
+        for i in (1, 2, 5)
+    }
+    flow = np.zeros((T - 1, 2, 2 * H, 2 * W), np.int16)
+    flow[:, 0] = 32 * 2 * (np.arange(T - 1)[:, None, None] + 1)
+    visible = np.full((T - 1, 2 * H, 2 * W), 255, np.uint8)
+    visible[:, :, :W] = 0
+    return {
+        "frames": store(
+            tmp_path / "f", ArraySpec("frames", (T, H, W, 3), "uint8", ("t", "y", "x", "c"), 4, "picture"), frames
+        ),
+        "flow_bwd": store(
+            tmp_path / "w",
+            ArraySpec("flow_bwd", (T - 1, 2, 2 * H, 2 * W), "int16", ("p", "d", "y", "x"), 4, "field"),
+            {1: flow, 2: flow, 5: flow},
+        ),
+        "visible": store(
+            tmp_path / "v",
+            ArraySpec("visible", (T - 1, 2 * H, 2 * W), "uint8", ("p", "y", "x"), 4, "field"),
+            {1: visible, 5: visible},
+        ),
+    }
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 1 << 30])
+def test_fields_belong_together(stores: dict[str, Store], cache_bytes: int) -> None:
+    source = ClipSource(stores, height=H, width=W, videos=[1, 2, 5], cache_bytes=cache_bytes)
+    assert source.videos == (1, 5)  # video 2 has no visibility
+    clip = source.clip([(5, 3), (1, 0)], 4)
+    assert clip.video.tolist() == [5, 1]
+    assert clip.start.tolist() == [3, 0]
+    frames, flow, visible = (clip.require(n) for n in ("frames", "flow_bwd", "visible"))
+    torch.testing.assert_close(frames[0, :, 0, 0, 0] * 255, torch.tensor([53.0, 54, 55, 56]))
+    # Pair k leads from frame k + 1 back to k: the window from frame 3 holds the pairs 3, 4 and 5, at half the scale.
+    torch.testing.assert_close(flow[0, :, 0, 0, 0], torch.tensor([4.0, 5, 6]))
+    assert flow.shape == (2, 3, 2, H, W)
+    assert visible[0, 0, 0, 0].tolist() == [0] * (W // 2) + [1] * (W // 2)
+
+
+def test_a_field_that_was_not_loaded_is_an_error(stores: dict[str, Store]) -> None:
+    source = ClipSource({"frames": stores["frames"]}, height=H, width=W, videos=[1])
+    with pytest.raises(ValueError, match="loaded without 'flow_bwd'"):
+        source.clip([(1, 0)], 3).require("flow_bwd")
+
+
+def test_the_order_is_the_seeds_alone_and_resumes_anywhere(stores: dict[str, Store]) -> None:
+    source = ClipSource({"frames": stores["frames"]}, height=H, width=W, videos=[1, 2, 5])
+
+    def places(seed: int, first: int, count: int) -> list[tuple[int, int]]:
+        clips = islice(source.batches(5, 7, seed=seed, first=first), count)
+        return [p for c in clips for p in zip(c.video.tolist(), c.start.tolist(), strict=True)]
+
+    whole = places(3, 0, 9)
+    assert places(3, 4, 5) == whole[4 * 7 :]
+    assert places(4, 0, 9) != whole
+    epoch = source.windows(5)
+    assert sorted(whole[: len(epoch)]) == sorted(epoch)
+    assert sorted(whole[len(epoch) : 2 * len(epoch)]) == sorted(epoch)
+    assert whole[: len(epoch)] != whole[len(epoch) : 2 * len(epoch)]
+
+
+def test_windows_do_not_leave_the_video(stores: dict[str, Store]) -> None:
+    source = ClipSource({"frames": stores["frames"]}, height=H, width=W, videos=[1])
+    assert source.windows(5, 4) == [(1, 0), (1, 4)]
+    assert source.windows(T) == [(1, 0)]
+    with pytest.raises(EmptyError, match="13 frames does not fit into videos of 12"):
+        source.windows(13)
+
+
+def test_nothing_in_common_is_an_error(stores: dict[str, Store]) -> None:
+    with pytest.raises(EmptyError, match="none of the 1 videos"):
+        ClipSource(stores, height=H, width=W, videos=[2])
+
+
+def test_frames_of_another_resolution_are_refused(stores: dict[str, Store]) -> None:
+    source = ClipSource({"frames": stores["frames"]}, height=16, width=24, videos=[1])
+    with pytest.raises(StoreError, match=r"\[8, 12\], the model works at \[16, 24\]"):
+        source.clip([(1, 0)], 3)
