@@ -1,4 +1,4 @@
-"""The command line: ``clevrcast profile | results | deps``. Stages themselves run through ``dvc repro``."""
+"""The command line: ``clevrcast profile | params | results | deps``. Stages themselves run through ``dvc repro``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.table import Table
 from pipeline import profiles
 from pipeline.dag import stale_deps, write_deps
 from pipeline.errors import PipelineError, WorkspaceError
+from pipeline.params import reference
 
 COLUMNS = (
     ("skill", "skill", 3),
@@ -44,6 +45,8 @@ def parser() -> argparse.ArgumentParser:
     profile.set_defaults(run=_profile)
     results = commands.add_parser("results", help="print the table of the last report and where the page is")
     results.set_defaults(run=_results)
+    params = commands.add_parser("params", help="list every key of params.yaml with its type, default and meaning")
+    params.set_defaults(run=_params)
     deps = commands.add_parser("deps", help="compare the code files in dvc.yaml with what the stages import")
     deps.add_argument("--write", action="store_true", help="bring dvc.yaml up to date")
     deps.set_defaults(run=_deps)
@@ -65,6 +68,12 @@ def _profile(arguments: argparse.Namespace) -> int:
     changes = profiles.apply(_root(), arguments.name)
     print("\n".join(changes) if changes else "params.yaml already says so")
     print("now run `dvc repro`; `git checkout params.yaml` is the way back")
+    return 0
+
+
+def _params(_: argparse.Namespace) -> int:
+    for key, kind, default, meaning in reference():
+        print(f"{key}\n    {kind}; {default}\n    {meaning}")
     return 0
 
 

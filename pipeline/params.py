@@ -25,18 +25,18 @@ REFUSED = ("size", "nfiles")
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class Acquire(Section):
-    """Where videos come from. ``videos`` assigns ids to splits; `official` takes CLEVRER's own."""
-
     source: Literal["simulated", "local"]
+    """Where videos come from: Bullet and our ray caster, or a folder."""
     root: str | None = None
-    """`local`: a folder in CLEVRER's layout."""
+    """The folder in CLEVRER's layout, for `local`; relative to the checkout."""
     videos: dict[Literal["train", "validation", "test"], str | int] | Literal["official"]
-    """Split -> ids such as ``0-8,10``; every listed video must exist, or is quarantined with the reason."""
+    """Split -> ids such as 0-8,10; a listed video that is missing is quarantined. `official`: CLEVRER's own splits."""
     seed: int = 0
+    """Of the simulation; every video has a generator of its own."""
 
     @model_validator(mode="after")
     def _check(self) -> Acquire:
@@ -51,16 +51,19 @@ class Acquire(Section):
 
 
 class Shards(Section):
-    """How every store is cut: ``videos`` per shard (the unit of work), ``clip`` frames per chunk (the unit of read)."""
-
     videos: Annotated[int, Field(ge=1, le=1000)]
+    """Videos per shard: the unit of work, of writing and of loss at a crash."""
     clip: Annotated[int, Field(ge=1, le=128)]
+    """Frames per chunk: the unit of reading."""
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)]
+    """A stage stops when more than this share of its videos is quarantined."""
 
 
 class Decode(Section):
     resolution: Resolution
+    """Height and width at which every model works; multiples of 8."""
     stride: Annotated[int, Field(ge=1, le=64)]
+    """Every stride-th frame is kept."""
     frames: Annotated[int, Field(ge=2, le=128)] = 128
     """Frames of the source video that are used, counted before the stride."""
     timeout: Annotated[float, Field(gt=0)] = 60.0
@@ -69,35 +72,39 @@ class Decode(Section):
     @model_validator(mode="after")
     def _check(self) -> Decode:
         _divisible("decode.resolution", self.resolution, 8)
-        if self.frames // self.stride < 2:
+        if self.steps < 2:
             raise ValueError(f"decode.frames {self.frames} at decode.stride {self.stride} leaves fewer than 2 frames")
         return self
 
     @property
     def steps(self) -> int:
         """Frames kept of each video."""
-        return -(-self.frames // self.stride)
+        return len(range(0, self.frames, self.stride))
 
 
 class Label(Section):
     resolution: Resolution
+    """Height and width at which boxes, masks, true flow and visibility are cast; CLEVRER's own is 320, 480."""
 
 
 class Gate(Section):
-    """Static pixels, found by frame difference, get zero flow (RAFT is noisy on textureless background)."""
-
     enabled: bool
+    """Static pixels, found by frame difference, get zero flow (teachers are noisy on textureless background)."""
     threshold: Annotated[float, Field(gt=0, le=255)]
-    """Grey levels."""
+    """Grey levels by which a pixel has to change to count as moving."""
     radius: Annotated[int, Field(ge=0, le=64)]
     """Pixels by which moving regions are grown."""
 
 
 class Flow(Section):
     teacher: Literal["raft_small", "raft_large", "dis", "scene"]
+    """RAFT (torchvision's weights), OpenCV's DIS, or the truth from the labels."""
     resolution: Resolution
+    """Height and width that the teacher sees, decoded from the source video."""
     iterations: Annotated[int, Field(ge=1, le=64)]
+    """RAFT's refinements."""
     precision: Literal["float32", "bfloat16"]
+    """RAFT's arithmetic; bfloat16 is autocast."""
     gate: Gate
 
     @model_validator(mode="after")
@@ -112,46 +119,60 @@ class Flow(Section):
 
 
 class Occlusion(Section):
-    """Forward-backward consistency: thresholds and softness as in `models.occlusion`."""
-
     relative: Annotated[float, Field(ge=0)]
+    """alpha1: tolerated mismatch of the two flows as a share of their squared lengths."""
     absolute: Annotated[float, Field(gt=0)]
+    """alpha2: tolerated mismatch in squared pixels of flow.resolution."""
     softness: Annotated[float, Field(gt=0)]
+    """Width of the sigmoid around the threshold, in tolerances."""
 
 
 class Trainable(Section):
-    """``options`` belong to the model, ``training`` to the loop; both are checked by their owners."""
-
     options: dict[str, Any] = {}
+    """Of the architecture and its losses; checked by the model's own schema."""
     training: dict[str, Any] = {}
+    """Of the training loop (steps, learning_rate, ...); checked by its schema."""
     batch: Annotated[int, Field(ge=1)] = 8
+    """Frames (VAE) or clips (predictor) per optimiser step."""
     seed: int = 0
+    """Of the weights, the order of the data and the noise."""
 
 
 class Vae(Trainable):
-    """``batch`` counts single frames."""
+    pass
 
 
 class PredictorBlock(Trainable):
-    """``batch`` counts clips of ``evaluate.context + horizon`` frames."""
-
     model: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
-    """The file of `models/predictors/` (several blocks may use one)."""
+    """The file of models/predictors/ (several blocks may use one)."""
     horizon: Annotated[int, Field(ge=1)] = 4
-    """Predicted frames in the training loss, at most."""
+    """Predicted frames in the training loss, at most; the clip adds evaluate.context before them."""
 
 
 class Evaluate(Section):
     protocol: str
+    """Names what the table may be compared with."""
     split: Literal["train", "validation", "test"]
+    """Whose videos are predicted."""
     context: Annotated[int, Field(ge=2)]
+    """Observed frames of each window."""
     horizon: Annotated[int, Field(ge=1)]
+    """Predicted frames of each window."""
     window_stride: Annotated[int, Field(ge=1)]
+    """Windows start at multiples of this."""
     seed: int = 0
+    """Of the predictors' randomness and of the bootstrap."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Evaluate:
+        if self.split == "train":
+            raise ValueError("evaluate.split is train: models would be scored on what they were trained on")
+        return self
 
 
 class Report(Section):
-    examples: Annotated[int, Field(ge=1, le=32)]
+    examples: Annotated[int, Field(ge=1, le=3)]
+    """Windows that are shown moving."""
 
 
 class Params(Section):
@@ -241,7 +262,7 @@ def parse_params(raw: Mapping[str, Any], name: str = "params.yaml") -> Params:
         lines = [_explain(e, raw) for e in error.errors()]
         raise ParamsError(
             f"{name} is wrong:\n" + "\n".join(f"  - {line}" for line in lines),
-            remedy="mend these keys; docs/params.md lists every one with its range",
+            remedy="mend these keys; `clevrcast params` lists every one with its range",
         ) from error
 
 
@@ -301,3 +322,26 @@ def _known(where: list[str]) -> list[str]:
             arguments = [a for a in get_args(annotation) if isinstance(a, type) and issubclass(a, BaseModel)]
             model = arguments[-1] if arguments else annotation
     return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+
+
+def reference() -> list[tuple[str, str, str, str]]:
+    """(key, type, default, meaning) of every parameter, in the order of the schema."""
+    return _describe(Params, "")
+
+
+def _describe(model: type[BaseModel], where: str) -> list[tuple[str, str, str, str]]:
+    rows = []
+    for name, info in model.model_fields.items():
+        annotation, path = info.annotation, f"{where}{name}"
+        arguments = get_args(annotation)
+        nested = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+        if not nested and arguments and isinstance(arguments[-1], type) and issubclass(arguments[-1], BaseModel):
+            nested, path = arguments[-1], f"{path}.NAME"
+        if nested:
+            rows += _describe(nested, f"{path}.")
+            continue
+        bounds = ", ".join(repr(m) for m in info.metadata if not isinstance(m, str) and not callable(m))
+        kind = annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
+        default = "required" if info.is_required() else repr(info.default)
+        rows.append((path, f"{kind} {bounds}".strip(), default, info.description or ""))
+    return rows

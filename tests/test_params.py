@@ -13,7 +13,7 @@ import pytest
 from models.training import TrainingOptions
 from pipeline import profiles
 from pipeline.errors import ParamsError
-from pipeline.params import check_options, load_params, parse_params, read_yaml
+from pipeline.params import check_options, load_params, parse_params, read_yaml, reference
 
 
 @pytest.fixture
@@ -55,6 +55,7 @@ def test_the_committed_file_is_valid(root: Path) -> None:
         ("predictors.latent_warp.options.nfiles", 3, r"nfiles' is refused"),
         ("predictors.copy_last", ..., r"predictors\.copy_last is missing"),
         ("evaluate.horizon", 100, r"4 \+ evaluate\.horizon 100 = 104 frames.*64"),
+        ("evaluate.split", "train", r"evaluate\.split is train: models would be scored on what they were trained on"),
         ("evaluate.split", "validation", r"evaluate\.split is validation.*\['test', 'train'\]"),
         ("acquire.source", "local", r"acquire\.root is empty"),
         ("acquire.videos", "official", r"acquire\.videos is official"),
@@ -126,3 +127,9 @@ def test_null_removes_a_key() -> None:
     profiles.merge(target, {"a": {"b": None, "d": 3}}, changes)
     assert target == {"a": {"c": 2, "d": 3}}
     assert changes == ["a.b: removed", "a.d: (absent) -> 3"]
+
+
+def test_every_parameter_is_explained() -> None:
+    rows = reference()
+    assert {"acquire.videos", "flow.gate.radius", "predictors.NAME.model", "vae.NAME.batch"} <= {row[0] for row in rows}
+    assert [row[0] for row in rows if not row[3]] == []
