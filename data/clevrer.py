@@ -25,16 +25,17 @@ Split = Literal["train", "validation", "test"]
 
 SHAPES: Final[tuple[Shape, ...]] = get_args(Shape)
 MATERIALS: Final[tuple[Material, ...]] = get_args(Material)
-#: sRGB of each colour in CLEVR's own palette (properties.json), which CLEVRER's renderer takes as base colour.
+#: sRGB of each colour as released videos show it on rubber in full light (medians over its pixels; CLEVR's palette
+#: is more saturated, the renderer's tone curve is not).
 COLORS: Final[dict[Color, tuple[int, int, int]]] = {
-    "gray": (87, 87, 87),
-    "red": (173, 35, 35),
-    "blue": (42, 75, 215),
-    "green": (29, 105, 20),
-    "brown": (129, 74, 25),
-    "cyan": (41, 208, 208),
-    "purple": (129, 38, 192),
-    "yellow": (255, 238, 51),
+    "gray": (86, 85, 83),
+    "red": (119, 54, 53),
+    "blue": (59, 78, 127),
+    "green": (48, 89, 38),
+    "brown": (103, 77, 42),
+    "cyan": (61, 131, 128),
+    "purple": (100, 54, 119),
+    "yellow": (136, 132, 62),
 }
 MAX_OBJECTS: Final = 8
 FPS: Final = 25

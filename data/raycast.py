@@ -102,7 +102,7 @@ def cast(scene: Scene, camera: Camera) -> Hits:
     size = t * camera.height * camera.width
     depth = scene.position.new_full((size,), torch.inf)
     owner = torch.full((size,), n, device=depth.device)
-    samples = _samples(scene, camera)
+    samples = box_samples(image_boxes(scene, camera), camera)
     if samples.pair.numel():
         z = intersect_pairs(scene, camera.position, samples.pair, camera.rays(samples.pixel))
         hit = torch.isfinite(z)
@@ -112,6 +112,21 @@ def cast(scene: Scene, camera: Camera) -> Hits:
         owner.scatter_reduce_(0, flat[first], slot[first], "amin")
     grid = (t, camera.height, camera.width)
     return Hits(torch.where(owner == n, -1, owner).view(grid), depth.view(grid))
+
+
+def cast_at(
+    scene: Scene, camera: Camera, frame: Int64[Tensor, " m"], pixel: Float[Tensor, "m 2"]
+) -> tuple[Int64[Tensor, " m"], Float[Tensor, " m"]]:
+    """`cast` for chosen image coordinates of chosen frames, on the picture or off it: object (or -1) and depth."""
+    n = scene.position.shape[1]
+    boxes = image_boxes(scene, camera)[frame]
+    x, y = pixel[:, None, 0], pixel[:, None, 1]
+    near = (x >= boxes[..., 0]) & (x <= boxes[..., 2]) & (y >= boxes[..., 1]) & (y <= boxes[..., 3])
+    sample, slot = near.nonzero(as_tuple=True)
+    z = torch.full(near.shape, torch.inf).to(pixel)
+    z[sample, slot] = intersect_pairs(scene, camera.position, frame[sample] * n + slot, camera.rays(pixel[sample]))
+    depth, owner = z.min(dim=1)
+    return torch.where(torch.isfinite(depth), owner, -1), depth
 
 
 def rigid_flow(scene: Scene, camera: Camera, hits: Hits, *, reduce_symmetry: bool = True) -> RigidFlow:
@@ -183,16 +198,8 @@ def occluded(
 
     Exact (rays, not a depth buffer), up to `SLACK`.
     """
-    n = scene.position.shape[1]
     pixel, depth = camera.project(point)
-    boxes = image_boxes(scene, camera)[frame]
-    x, y = pixel[:, None, 0], pixel[:, None, 1]
-    near = (x >= boxes[..., 0]) & (x <= boxes[..., 2]) & (y >= boxes[..., 1]) & (y <= boxes[..., 3])
-    sample, slot = near.nonzero(as_tuple=True)
-    z = intersect_pairs(scene, camera.position, frame[sample] * n + slot, camera.rays(pixel[sample]))
-    hidden = torch.zeros(point.shape[0], dtype=torch.bool, device=point.device)
-    hidden[sample[z < depth[sample] * (1 - SLACK)]] = True
-    return hidden
+    return cast_at(scene, camera, frame, pixel)[1] < depth * (1 - SLACK)
 
 
 # --- primitives ---------------------------------------------------------------------------------------------------
@@ -260,7 +267,9 @@ _ENTRY: Final = {"sphere": _sphere, "cylinder": _cylinder, "cube": _cube}
 
 
 @dataclass(frozen=True)
-class _Samples:
+class Samples:
+    """Pixels of (frame, object) pairs: the pair, the pixel's centre and its place in the flat (t h w) grid."""
+
     pair: Int64[Tensor, " m"]  # frame * n + slot
     pixel: Float32[Tensor, "m 2"]
     flat: Int64[Tensor, " m"]  # (frame * h + row) * w + column
@@ -282,16 +291,14 @@ def image_boxes(scene: Scene, camera: Camera) -> Float[Tensor, "t n 4"]:
     return torch.where(depth.amax(-1, keepdim=True) < NEAR, nothing, boxes)
 
 
-def _samples(scene: Scene, camera: Camera) -> _Samples:
+def box_samples(boxes: Float[Tensor, "t n 4"], camera: Camera) -> Samples:
     """The pixels whose centres lie inside each (frame, object) pair's image box, as one flat list."""
     h, w = camera.height, camera.width
-    boxes = image_boxes(scene, camera).flatten(0, 1)
-    x0, x1 = (boxes[:, i].clamp(0, w).round().long() for i in (0, 2))
-    y0, y1 = (boxes[:, i].clamp(0, h).round().long() for i in (1, 3))
+    x0, y0, x1, y1 = (boxes.flatten(0, 1)[:, i].clamp(0, end).round().long() for i, end in enumerate((w, h, w, h)))
     wide, count = (x1 - x0).clamp(min=0), (x1 - x0).clamp(min=0) * (y1 - y0).clamp(min=0)
     pair = torch.repeat_interleave(count)
     within = torch.arange(pair.shape[0], device=pair.device) - (count.cumsum(0) - count)[pair]
     columns = within % wide[pair] + x0[pair]
     rows = within // wide[pair] + y0[pair]
-    frame = pair // scene.position.shape[1]
-    return _Samples(pair, torch.stack([columns, rows], dim=-1) + 0.5, (frame * h + rows) * w + columns)
+    frame = pair // boxes.shape[1]
+    return Samples(pair, torch.stack([columns, rows], dim=-1) + 0.5, (frame * h + rows) * w + columns)
