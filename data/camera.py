@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from data.clevrer import HEIGHT, WIDTH
+from data.world import HEIGHT, WIDTH
 
 #: Depths below this are behind the camera or in its lens: clamped in projections.
 NEAR = 0.05

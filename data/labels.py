@@ -16,8 +16,8 @@ from jaxtyping import Float32, UInt8
 from torch import Tensor
 
 from data.camera import Camera
-from data.clevrer import MAX_OBJECTS, Annotation
 from data.raycast import Hits, Scene, cast, rigid_flow
+from data.world import MAX_OBJECTS, Annotation
 
 #: The columns of ``VideoLabels.states``. World units; ``vx vy vz`` in world units per simulated second as annotated;
 #: the yaw of the heading as sine and cosine (continuous through a full turn); ``yaw_rate`` in radians per second.

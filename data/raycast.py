@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
 from data.camera import NEAR, Camera
-from data.clevrer import SHAPES, Annotation
+from data.world import SHAPES, Annotation
 
 #: World units, measured against released videos (``benchmarks/camera_fit.py``).
 SPHERE_RADIUS: Final = 0.1985

@@ -19,8 +19,8 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
 from data.camera import Camera
-from data.clevrer import COLORS, SHAPES, Annotation
 from data.raycast import CYLINDER_HALF_HEIGHT, Scene, box_samples, cast, cast_at, image_boxes
+from data.world import COLORS, SHAPES, Annotation
 
 
 @dataclass(frozen=True)
