@@ -84,7 +84,7 @@ def _results(_: argparse.Namespace) -> int:
     figures = json.loads(file.read_text())
     table = Table(title="skill = 1 - MSE / MSE(copy_last), over the horizon and at single steps")
     table.add_column("predictor")
-    for _, title, _ in COLUMNS:
+    for title in (column[1] for column in COLUMNS):
         table.add_column(title, justify="right")
     for name, row in figures.items():
         if "skill" in row:

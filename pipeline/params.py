@@ -19,7 +19,7 @@ from ruamel.yaml.error import YAMLError
 
 from pipeline.errors import ParamsError
 
-Resolution = Annotated[tuple[int, int], Field(description="height, width in pixels")]
+Resolution = tuple[int, int]
 REFUSED = ("size", "nfiles")
 """DVC's run cache ignores parameters of these names and would bring back old outputs (treeverse/dvc 10296)."""
 
@@ -89,11 +89,13 @@ class Label(Section):
 
 class Gate(Section):
     enabled: bool
-    """Static pixels, found by frame difference, get zero flow (teachers are noisy on textureless background)."""
+    """Objects that stand still, found by frame difference, and the background get zero flow."""
     threshold: Annotated[float, Field(gt=0, le=255)]
-    """Grey levels by which a pixel has to change to count as moving."""
+    """Grey levels by which a pixel has to change between the frames of a pair to count as moving."""
+    contrast: Annotated[float, Field(gt=0, le=255)]
+    """Grey levels by which an object differs from the background, the median over the video."""
     radius: Annotated[int, Field(ge=0, le=64)]
-    """Pixels by which moving regions are grown."""
+    """Pixels of flow.resolution: gaps of twice this are closed; 8 suits 320 rows."""
 
 
 class Flow(Section):

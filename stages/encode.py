@@ -17,7 +17,8 @@ BATCH = 16
 
 def run(job: Job) -> None:
     frames = Store(ARTIFACTS / "decode")
-    vae = load_vae(ARTIFACTS / "vae" / job.key).to(job.device)
+    vae = load_vae(ARTIFACTS / "vae" / job.key)
+    torch.nn.Module.to(vae, job.device)
     t, h, w, _ = frames.specs["frames"]["item"]
     stride, z = vae.config["stride"], vae.config["latent_channels"]
     dims = ("time", "latent", "y", "x")

@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from models.static_gate import gate_flow
 
 from data.catalog import Catalog
 from data.clevrer import FRAMES
@@ -18,6 +17,7 @@ from data.errors import AnnotationError
 from data.store import Store, pack_flow
 from data.video import VideoReader
 from models.flow_teachers import FlowTeacher, build_teacher
+from models.static_gate import gate_flow
 from pipeline.stage import ARTIFACTS, Job, run_stage
 from stages.fields import flow_specs
 from stages.sharding import build_store
@@ -48,7 +48,7 @@ def _estimate(
         frames = torch.from_numpy(reader.read(path, kept, height=h, width=w, expected_frames=FRAMES))
         pair = teacher(frames)
         if gate.enabled:
-            pair = gate_flow(pair, frames, threshold=gate.threshold, radius=gate.radius)
+            pair = gate_flow(pair, frames, threshold=gate.threshold, contrast=gate.contrast, radius=gate.radius)
         return {"flow_fwd": pack_flow(pair.flow_fwd.cpu().numpy()), "flow_bwd": pack_flow(pair.flow_bwd.cpu().numpy())}
 
     return compute

@@ -14,10 +14,9 @@ import torch
 
 from data.chart import Chart, Curve
 from data.page import Clip, Interval, PageContent, Provenance, Quarantined, Row, Tile, Timing, build_page
-from data.picture import error_picture
 from data.store import read_manifest, write_json
 from models.autoencoder import FrameVAE, load_vae
-from models.evaluation import Evaluation, Example, evaluate_reconstruction
+from models.evaluation import Evaluation, evaluate_reconstruction
 from models.metrics import METRICS, Estimate, Score, paired_difference, score
 from models.results import read_results
 from pipeline.progress import progress
@@ -36,7 +35,8 @@ VERSIONS = ("clevrcast", "torch", "torchvision", "zarr", "decord", "opencv-pytho
 
 def run(job: Job) -> None:
     windows = Windows(job)
-    vae = load_vae(ARTIFACTS / "vae" / "frame").to(job.device)
+    vae = load_vae(ARTIFACTS / "vae" / "frame")
+    torch.nn.Module.to(vae, job.device)
     names = [*BASELINES, *(name for name in job.params.predictors if name not in BASELINES)]
     results = [read_results(ARTIFACTS / "evaluate" / name) for name in names]
     with progress("ceiling", len(windows.source.videos), "videos") as tick:
@@ -167,24 +167,14 @@ def _clips(results: Sequence[Evaluation], fps: float, most: int) -> tuple[Clip, 
         if first is None or (first.video, first.start) in seen:
             continue
         seen.add((first.video, first.start))
-        tiles = [Tile("truth", _film(first, first.truth))]
-        tiles += [Tile(name, _film(e, e.prediction)) for name, e in examples.items()]
-        tiles += [Tile(f"error of {name}", _error_film(e)) for name, e in examples.items()]
+        truth = np.concatenate([first.context, first.truth])
+        tiles = tuple(
+            Tile(name, np.concatenate([e.context, e.prediction]), f"skill {1 - e.mse.sum() / e.mse_copy.sum():.2f}")
+            for name, e in examples.items()
+        )
         named = f"video_{first.video:05d}"
-        clips.append(Clip(named, first.start, rule, len(first.context), fps, tuple(tiles)))
+        clips.append(Clip(named, first.start, rule, len(first.context), float(fps), truth, tiles))
     return tuple(clips[:most])
-
-
-def _film(example: Example, future: np.ndarray) -> np.ndarray:
-    return np.concatenate([example.context, future])
-
-
-def _error_film(example: Example) -> np.ndarray:
-    film = [
-        error_picture(shown, truth)
-        for shown, truth in zip(_film(example, example.prediction), _film(example, example.truth), strict=True)
-    ]
-    return np.stack(film)
 
 
 def _quarantine() -> list[Quarantined]:
@@ -199,7 +189,9 @@ def _quarantine() -> list[Quarantined]:
 
 def _timings() -> list[Timing]:
     return [
-        Timing(name, run["seconds"], run["built"], "units built", f"{run['reused']} found ready; {run['device']}")
+        Timing(
+            name, float(run["seconds"]), run["built"], "units built", f"{run['reused']} found ready; {run['device']}"
+        )
         for name, run in read_runs().items()
     ]
 
