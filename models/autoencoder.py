@@ -1,8 +1,8 @@
 """The frame VAE: a learned block transform plus small convolutional networks that refine it.
 
 An image is cut into blocks of ``stride`` x ``stride`` pixels. Their principal components (fitted once, before
-training) are the latent's starting point, and a linear map back is the decoder's: at stride 4 with 16 channels this
-alone reconstructs CLEVRER at 49 dB. Zero-initialised networks on the latent grid then learn what is not linear, and
+training) are the latent's starting point, and a linear map back is the decoder's: at stride 2 with 6 channels this
+alone reconstructs CLEVRER at 52 dB. Zero-initialised networks on the latent grid then learn what is not linear, and
 one thing above all: that a latent warped by a fraction of a cell decodes to the picture warped by as much
 (equivariance as in EQ-VAE, Kouzelis et al. 2025, arXiv 2502.09509), which predictors that move latents live on.
 
@@ -51,10 +51,10 @@ class FrameVAE(ModelMixin, ConfigMixin):
         self,
         *,
         in_channels: int = 3,
-        latent_channels: int = 16,
-        stride: int = 4,
-        width: int = 64,
-        blocks: int = 2,
+        latent_channels: int = 6,
+        stride: int = 2,
+        width: int = 32,
+        blocks: int = 1,
         shift: float = 0.5,
         scale: float = 0.5,
     ) -> None:

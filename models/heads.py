@@ -14,7 +14,7 @@ VISIBLE_AT_START = 6.0
 
 
 class FlowHead(nn.Module):
-    """Corrects a backward flow: ``flow = prior * (1 + gain) + shift``, both read from features.
+    """Corrects a backward flow: ``flow = prior * (1 + tanh(gain)) + shift``, both read from features.
 
     The gain slows down or stops what moves without blurring the sharp edges of the prior, which may live on a finer
     grid than the features; the shift sets things in motion. ``cell`` is the size of a feature cell in the units of
@@ -32,7 +32,7 @@ class FlowHead(nn.Module):
         out = self.out(features).float()
         if out.shape[-2:] != prior.shape[-2:]:
             out = F.interpolate(out, prior.shape[-2:], mode="bilinear", align_corners=False)
-        return prior * (1 + out[:, :1]) + out[:, 1:] * self.cell
+        return prior * (1 + out[:, :1].tanh()) + out[:, 1:] * self.cell
 
 
 class OcclusionHead(nn.Module):

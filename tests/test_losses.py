@@ -19,6 +19,7 @@ def test_charbonnier_is_nearly_the_absolute_value() -> None:
     torch.testing.assert_close(charbonnier(d), d.abs(), atol=1.1e-3, rtol=0)
     zero = torch.zeros(3, requires_grad=True)
     charbonnier(zero).sum().backward()
+    assert zero.grad is not None
     assert torch.equal(zero.grad, torch.zeros(3))
 
 

@@ -5,6 +5,7 @@ A predictor is tested here by existing: put its file there and these tests run o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import repeat
 from typing import Any
@@ -47,6 +48,15 @@ def scene(count: int = 2, seed: int = 0, frames: int = CONTEXT + HORIZON) -> Cli
                 visible[i, k - 1, 0, y : y + 8, x + 2 * k - 2 : x + 2 * k] = 0
     numbers = torch.arange(count)
     return Clip(video=numbers, start=numbers, frames=pictures, flow_bwd=flow_bwd, visible=visible)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tensors this small run faster on one thread, and several times so on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +216,7 @@ def test_latent_warp_with_prior_starts_as_advection_of_latents(vae: FrameVAE) ->
     latent = vae.to_latents(context.frames[:, -1])
     flow_bwd = resize_flow(context.flow_bwd[:, -1], HEIGHT // 2, WIDTH // 2)
     for k in range(HORIZON):
-        flow_bwd = advect_flow(flow_bwd)
+        flow_bwd = backward_warp(flow_bwd, advect_flow(flow_bwd))
         latent = backward_warp(latent, resize_flow(flow_bwd, HEIGHT // 4, WIDTH // 4))
         torch.testing.assert_close(out.frames[:, k], vae.to_frames(latent), atol=0.005 * (k + 1), rtol=0)
 
@@ -229,3 +239,8 @@ def test_latent_warp_never_trains_or_saves_the_vae(vae: FrameVAE) -> None:
     predictor = made("latent_warp", vae).train()
     assert not any(name.startswith("vae") for name in {**predictor.own_parameters(), **predictor.own_state()})
     assert not predictor.get_submodule("vae").training
+
+
+def test_latent_warp_names_the_sides_that_do_not_fit(vae: FrameVAE) -> None:
+    with pytest.raises(ValueError, match="width 40 must be divisible by the VAE's stride 4 times coarsen=4"):
+        build("latent_warp", {}, vae=vae, height=32, width=40, context=CONTEXT)

@@ -38,10 +38,10 @@ class Options(BaseModel):
     motion_prior: Literal["none", "teacher"] = Field(
         default="teacher", description="none: motion from latents alone; teacher: start from the last observed flow"
     )
-    width: int = Field(default=96, ge=8, description="channels of the trunk")
-    features: int = Field(default=48, ge=8, description="channels that the heads see, on the latent grid")
+    width: int = Field(default=64, ge=8, description="channels of the trunk")
+    features: int = Field(default=24, ge=8, description="channels that the heads see, on the latent grid")
     blocks: int = Field(default=6, ge=1, description="residual blocks of the trunk")
-    coarsen: int = Field(default=2, ge=1, description="the trunk's grid is this much coarser than the latents'")
+    coarsen: int = Field(default=4, ge=1, description="the trunk's grid is this much coarser than the latents'")
     past: int = Field(default=3, ge=1, description="latents that the trunk sees, the present one included")
     flow_stride: int = Field(default=2, ge=1, description="pixels per cell of the grid on which flow is carried along")
     flip: bool = Field(
@@ -83,6 +83,12 @@ class LatentWarp(Predictor):
         self.needs = frozenset({"frames" if options.flip else "latents", "flow_bwd", "visible"})
         self.vae = vae.eval().requires_grad_(False)
         z, stride = int(vae.config["latent_channels"]), int(vae.config["stride"])
+        for side, pixels in (("height", height), ("width", width)):
+            if pixels % (stride * options.coarsen) or pixels % options.flow_stride:
+                raise ValueError(
+                    f"{side} {pixels} must be divisible by the VAE's stride {stride} times coarsen={options.coarsen}, "
+                    f"and by flow_stride={options.flow_stride}"
+                )
         self.trunk = Trunk(
             z * options.past + 5, options.width, options.features, blocks=options.blocks, coarsen=options.coarsen
         )
@@ -94,7 +100,8 @@ class LatentWarp(Predictor):
         """One step on: ``past`` from the oldest to the present latent, ``flow_bwd`` of the pair that ended there."""
         present = past[-1]
         grid = present.shape[-2:]
-        prior = advect_flow(flow_bwd)
+        # Where the flow is carried to is not trained through: twelve such look-ups in a row make gradients explode.
+        prior = backward_warp(flow_bwd, advect_flow(flow_bwd.detach()))
         on_grid = resize_flow(prior, *grid)
         arriving = backward_warp(present, on_grid)
         seen = [arriving, *past[:-1][::-1]]
