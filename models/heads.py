@@ -36,14 +36,26 @@ class FlowHead(nn.Module):
 
 
 class OcclusionHead(nn.Module):
-    """Logits of visibility: positive where the warped latent can be trusted. Starts at 0.9975 everywhere."""
+    """Logits of visibility: positive where the warped latent can be trusted. Starts at 0.9975 everywhere.
 
-    def __init__(self, inputs: int) -> None:
+    Besides features it sees the flow before and after the step, in cells: a place that moved and now stands still
+    has just been uncovered, which is all there is to most occlusions.
+    """
+
+    def __init__(self, inputs: int, width: int) -> None:
         super().__init__()
-        self.out = zero_conv(inputs, 1)
+        self.enter = nn.Conv2d(inputs + 4, width, 3, padding=1)
+        self.out = zero_conv(width, 1)
 
-    def forward(self, features: Float[Tensor, "b c hz wz"]) -> Float[Tensor, "b 1 hz wz"]:
-        return self.out(features).float() + VISIBLE_AT_START
+    def forward(
+        self,
+        features: Float[Tensor, "b c hz wz"],
+        before_bwd: Float[Tensor, "b 2 hz wz"],
+        after_bwd: Float[Tensor, "b 2 hz wz"],
+    ) -> Float[Tensor, "b 1 hz wz"]:
+        flows = torch.cat([before_bwd, after_bwd], dim=1).to(features.dtype)
+        hidden = F.silu(self.enter(torch.cat([features, flows], dim=1)))
+        return self.out(hidden).float() + VISIBLE_AT_START
 
 
 class ResidualHead(nn.Module):

@@ -51,19 +51,26 @@ def test_predicting_no_motion_costs_as_much_as_the_objects_move() -> None:
 
 
 def test_all_visible_does_not_win() -> None:
-    visible = torch.ones(1, 1, 50, 50)
-    visible[..., 10:13, 10:13] = 0
-    constant = [float(visibility_error(torch.full_like(visible, logit), visible)) for logit in (-3.0, 0.0, 3.0, 6.0)]
-    assert min(constant) == constant[1]
-    truth = torch.where(visible > 0.5, 6.0, -6.0)
-    assert visibility_error(truth, visible) < 0.01 < constant[1]
+    visible = torch.full((1, 1, 50, 50), 0.98)  # as a teacher's is where nothing happens
+    visible[..., 10:13, 10:13] = 0.02
+    constants = [float(visibility_error(torch.full_like(visible, logit), visible)) for logit in (-3.0, 0.0, 3.0, 6.0)]
+    half_found = torch.full_like(visible, 9.0)
+    half_found[..., 10:13, 10:12] = -9.0
+    truth = torch.where(visible > 0.5, 9.0, -9.0)
+    assert visibility_error(truth, visible) < 0.2
+    assert visibility_error(truth, visible) < visibility_error(half_found, visible) < 0.5 < 0.8 < min(constants)
 
 
-def test_a_class_that_is_absent_does_not_explode() -> None:
-    logits = torch.full((1, 1, 8, 8), 6.0)
-    assert 0 <= visibility_error(logits, torch.ones(1, 1, 8, 8)) < 0.01
-    soft = torch.full((1, 1, 8, 8), 0.999)
-    assert visibility_error(logits, soft) < 1
+def test_without_hidden_cells_all_visible_is_right() -> None:
+    logits, visible = torch.full((1, 1, 8, 8), 6.0), torch.ones(1, 1, 8, 8)
+    assert 0 <= visibility_error(logits, visible) < 0.2
+    assert visibility_error(logits, visible) < visibility_error(-logits, visible)
+
+
+def test_undecided_cells_do_not_count() -> None:
+    visible = torch.full((1, 1, 8, 8), 0.5)
+    logits = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(visibility_error(logits, visible), torch.tensor(0.0))
 
 
 def test_foreground_is_what_differs_from_the_median_picture() -> None:

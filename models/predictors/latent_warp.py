@@ -49,7 +49,7 @@ class Options(BaseModel):
     )
     latent: float = Field(default=1.0, ge=0, description="weight of the next latent's error relative to copying")
     flow: float = Field(default=0.03, ge=0, description="weight of the flow's end-point error against the teacher")
-    mask: float = Field(default=0.01, ge=0, description="weight of the visibility's balanced cross-entropy")
+    mask: float = Field(default=0.05, ge=0, description="weight of the visibility's error")
     warped: float = Field(default=0.1, ge=0, description="weight of the same of the warped latent where it is visible")
     residual: float = Field(default=0.01, ge=0, description="weight of the residual's mean size")
 
@@ -90,10 +90,10 @@ class LatentWarp(Predictor):
                     f"and by flow_stride={options.flow_stride}"
                 )
         self.trunk = Trunk(
-            z * options.past + 5, options.width, options.features, blocks=options.blocks, coarsen=options.coarsen
+            z * options.past + 7, options.width, options.features, blocks=options.blocks, coarsen=options.coarsen
         )
         self.flow_head = FlowHead(options.features, cell=stride / options.flow_stride)
-        self.occlusion_head = OcclusionHead(options.features)
+        self.occlusion_head = OcclusionHead(options.features, options.features)
         self.residual_head = ResidualHead(options.features, z, options.features)
 
     def step(self, past: list[Latent], flow_bwd: Float[Tensor, "b 2 hf wf"]) -> Step:
@@ -104,12 +104,14 @@ class LatentWarp(Predictor):
         prior = backward_warp(flow_bwd, advect_flow(flow_bwd.detach()))
         on_grid = resize_flow(prior, *grid)
         arriving = backward_warp(present, on_grid)
-        seen = [arriving, *past[:-1][::-1]]
+        before = resize_flow(flow_bwd, *grid)
+        seen = [arriving, *past[:-1][::-1], before]
         moving = on_grid.norm(dim=1, keepdim=True)
         features = self.trunk(torch.cat([*seen, on_grid, moving, coordinates(present)], dim=1))
         corrected = self.flow_head(features, prior)
-        warped = backward_warp(present, resize_flow(corrected, *grid))
-        logits = self.occlusion_head(features)
+        after = resize_flow(corrected, *grid)
+        warped = backward_warp(present, after)
+        logits = self.occlusion_head(features, before, after.detach())
         residual = self.residual_head(features, warped)
         return Step(warped * torch.sigmoid(logits) + residual, warped, residual, corrected, logits)
 
