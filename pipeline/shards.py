@@ -22,7 +22,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -85,25 +85,56 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def build_units(folder: Path, units: Sequence[Unit], make: Make, *, what: str, counted: str = "videos") -> list[Built]:
+def build_units(
+    folder: Path,
+    units: Sequence[Unit],
+    make: Make,
+    *,
+    what: str,
+    counted: str = "videos",
+    wait_for_others: Callable[[], None] = lambda: None,
+) -> list[Built]:
     """Build what is not there yet, in order, and return every unit with its folder.
 
     ``make(unit, folder, tick)`` writes the unit's files, calls ``tick(1)`` for every finished item and returns what
-    it had to quarantine; it raises for anything that is not the fault of one item. Progress counts items.
+    it had to quarantine; it raises for anything that is not the fault of one item. Progress counts items. Units that
+    another process holds are passed over until ``wait_for_others`` has returned.
 
     Raises:
         BusyError: another process is building one of these units.
         DiskFullError: no space left; what is finished stays.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    built = []
-    with progress(what, sum(unit.items for unit in units), counted) as tick:
+    built: dict[str, Built] = {}
+
+    def collect() -> None:
         for unit in units:
-            found = _find(folder, unit)
-            if found is not None:
+            if unit.key() not in built and (ready := _find(folder, unit)) is not None:
+                built[unit.key()] = ready
                 tick(unit.items, unit.label)
-            built.append(found or _make(folder, unit, make, tick))
-    return built
+
+    with progress(what, sum(unit.items for unit in units), counted) as tick:
+        collect()
+        for unit in units:
+            if unit.key() not in built:
+                with suppress(BusyError):
+                    built[unit.key()] = _make(folder, unit, make, tick)
+                collect()
+        wait_for_others()
+        collect()
+        for unit in units:
+            if unit.key() not in built:
+                built[unit.key()] = _make(folder, unit, make, tick)
+    return [built[unit.key()] for unit in units]
+
+
+def build_free_units(folder: Path, units: Sequence[Unit], make: Make) -> None:
+    """What a helper does: build every unit that is neither finished nor held by another process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for unit in units:
+        if _find(folder, unit) is None:
+            with suppress(BusyError):
+                _make(folder, unit, make, lambda advance=1, note="": None)
 
 
 def _find(folder: Path, unit: Unit) -> Built | None:

@@ -20,8 +20,9 @@ from typing import Any
 from pipeline.code import closure, code_digest
 from pipeline.devices import device
 from pipeline.errors import PipelineError, WorkspaceError
+from pipeline.executors import helpers, is_helper, single_thread, worker_count
 from pipeline.params import Params, load_params
-from pipeline.shards import Built, Make, Unit, build_units, digest_of
+from pipeline.shards import Built, Make, Unit, build_free_units, build_units, digest_of
 
 ARTIFACTS = Path("artifacts")
 WORK = Path(".work")
@@ -67,7 +68,19 @@ class Job:
         Raises:
             PipelineError: more items were quarantined than ``shards.max_bad_fraction`` allows.
         """
-        built = build_units(WORK / self.title / fingerprint, units, make, what=self.title, counted=counted)
+        folder = WORK / self.title / fingerprint
+        if len(units) > 1:
+            single_thread()
+        if is_helper():
+            build_free_units(folder, units, make)
+            raise SystemExit(0)
+        with helpers(self._helpers(folder, units), self.name, self.key, WORK / self.title / "helpers.log") as started:
+
+            def wait() -> None:
+                for process in started:
+                    process.wait()
+
+            built = build_units(folder, units, make, what=self.title, counted=counted, wait_for_others=wait)
         self.built += built
         bad = [item for b in built for item in b.bad]
         total = sum(len(unit.ids) for unit in units)
@@ -80,6 +93,10 @@ class Job:
                 remedy="mend or leave out these items, or raise shards.max_bad_fraction if the loss is acceptable",
             )
         return built
+
+    def _helpers(self, folder: Path, units: Sequence[Unit]) -> int:
+        missing = sum(not (folder / unit.key()).exists() for unit in units)
+        return max(0, worker_count(self.device, missing) - 1)
 
 
 def run_stage(name: str, run: Callable[[Job], None], *, keyed: bool = False) -> None:

@@ -1,0 +1,213 @@
+"""The whole pipeline on the `tiny` profile: what runs, what is left alone, what survives a kill."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+COPIED = ("data", "models", "stages", "pipeline", "profiles", "dvc.yaml", "params.yaml", ".gitignore", ".dvcignore")
+
+
+class Workspace:
+    """A checkout of its own, with the commands a user would type."""
+
+    def __init__(self, root: Path, folder: Path) -> None:
+        self.folder = folder
+        for name in COPIED:
+            copy = shutil.copytree if (root / name).is_dir() else shutil.copy
+            copy(root / name, folder / name)
+        (folder / ".dvc").mkdir()
+        shutil.copy(root / ".dvc/config", folder / ".dvc/config")
+        self.environment = {
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "GIT_AUTHOR_NAME": "t",
+            "GIT_AUTHOR_EMAIL": "t@example.org",
+            "GIT_COMMITTER_NAME": "t",
+            "GIT_COMMITTER_EMAIL": "t@example.org",
+        }
+        self.run("git", "init", "-q")
+        self.module("pipeline.cli", "profile", "tiny")
+        self.commit("start")
+
+    def run(self, *command: str, ok: bool = True, **environment: str) -> str:
+        done = subprocess.run(
+            command,
+            cwd=self.folder,
+            env={**self.environment, **environment},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+        assert (done.returncode == 0) is ok, f"{command}: exit {done.returncode}\n{done.stdout}"
+        return done.stdout
+
+    def module(self, *arguments: str, ok: bool = True, **environment: str) -> str:
+        return self.run(sys.executable, "-m", *arguments, ok=ok, **environment)
+
+    def dvc(self, *arguments: str, ok: bool = True) -> str:
+        return self.module("dvc", *arguments, ok=ok)
+
+    def repro(self, *arguments: str) -> list[str]:
+        """Titles of the stages that `dvc repro` ran."""
+        lines = self.dvc("repro", *arguments).splitlines()
+        return [line.split("'")[1] for line in lines if line.startswith("Running stage")]
+
+    def commit(self, message: str) -> None:
+        self.run("git", "add", "-A")
+        self.run("git", "commit", "-q", "-m", message)
+
+    def set(self, path: str, value: object) -> None:
+        yaml = YAML()
+        document = yaml.load(self.folder / "params.yaml")
+        node = document
+        *parents, last = path.split(".")
+        for part in parents:
+            node = node[part]
+        node[last] = value
+        yaml.dump(document, self.folder / "params.yaml")
+
+    def edit(self, file: str, old: str, new: str) -> None:
+        path = self.folder / file
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new, 1))
+
+    def digests(self, stage: str) -> dict[str, str]:
+        """sha256 of every file of a stage's output."""
+        out = self.folder / "artifacts" / stage
+        files = sorted(f for f in out.rglob("*") if f.is_file())
+        return {str(f.relative_to(out)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+    def last_run(self, title: str) -> dict[str, float]:
+        return json.loads((self.folder / f".work/runs/{title}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def built(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """The tiny pipeline, run once from nothing."""
+    workspace = Workspace(root, tmp_path_factory.mktemp("built"))
+    ran = workspace.repro()
+    stages = ["acquire", "decode", "label", "flow", "occlusion", "vae@frame", "encode@frame"]
+    predictors = ("copy_last", "advect", "latent_warp")
+    assert sorted(ran) == sorted(
+        [*stages, *(f"train@{p}" for p in predictors), *(f"evaluate@{p}" for p in predictors), "report"]
+    )
+    workspace.commit("ran")
+    return workspace
+
+
+@pytest.fixture
+def again(built: Workspace) -> Iterator[Workspace]:
+    """The same workspace, put back to its committed state afterwards."""
+    yield built
+    built.run("git", "checkout", "-q", ".")
+    built.repro()
+
+
+def test_nothing_runs_twice_and_git_stays_clean(built: Workspace) -> None:
+    assert built.repro() == []
+    assert built.run("git", "status", "--porcelain") == ""
+    assert built.dvc("status").strip() == "Data and pipelines are up to date."
+
+
+def test_the_report_stands_alone(built: Workspace) -> None:
+    page = (built.folder / "artifacts/report/index.html").read_text()
+    for name in ("copy_last", "advect", "latent_warp", "vae_ceiling"):
+        assert name in page
+    assert "http" + "://" not in page.replace("http://www.w3.org/", "")
+    table = built.module("pipeline.cli", "results")
+    assert table.index("copy_last") < table.index("advect") < table.index("latent_warp") < table.index("vae_ceiling")
+
+
+def test_dvc_shows_metrics_params_and_plots(built: Workspace) -> None:
+    metrics = json.loads(built.dvc("metrics", "show", "--json"))[""]["data"]
+    report = metrics["artifacts/report/metrics.json"]["data"]
+    assert report["copy_last"]["skill"] == 0
+    assert {"epe", "epe_moving"} <= set(report["teacher"])
+    built.set("occlusion.absolute", 0.75)
+    assert "occlusion.absolute" in built.dvc("params", "diff")
+    built.run("git", "checkout", "-q", "params.yaml")
+    plots = built.dvc("plots", "show", "-o", "plots")
+    page = Path(plots.strip().splitlines()[-1].removeprefix("file://"))
+    assert "latent_warp" in page.read_text()
+    shutil.rmtree(built.folder / "plots")
+
+
+def test_a_parameter_reruns_its_stage_and_what_depends_on_it(again: Workspace) -> None:
+    again.set("occlusion.absolute", 0.75)
+    ran = again.repro()
+    assert ran[0] == "occlusion"
+    assert not {"acquire", "decode", "label", "flow", "vae@frame", "encode@frame"} & set(ran)
+    assert {"train@latent_warp", "evaluate@latent_warp", "report"} <= set(ran)
+
+
+def test_a_comment_is_linked_again_without_computing(again: Workspace) -> None:
+    before = again.digests("flow")
+    again.edit("stages/flow.py", "from __future__", "# a comment\nfrom __future__")
+    assert again.repro("-s", "flow") == ["flow"]
+    assert again.last_run("flow")["built"] == 0
+    assert again.digests("flow") == before
+
+
+def test_a_changed_line_of_code_computes_again(again: Workspace) -> None:
+    again.edit("stages/occlusion.py", "(soft * 255).round()", "(soft * 254).round()")
+    again.repro("-s", "occlusion")
+    assert again.last_run("occlusion")["built"] == 3
+
+
+def test_a_new_video_costs_its_own_shard(again: Workspace) -> None:
+    again.set("acquire.videos.train", "0-3")
+    for stage in ("acquire", "decode", "label", "flow", "occlusion"):
+        again.repro("-s", stage)
+        assert again.last_run(stage)["built"] == 1, stage
+
+
+def test_kill_9_in_the_middle_of_flow_leaves_identical_stores(again: Workspace) -> None:
+    before = again.digests("flow")
+    shutil.rmtree(again.folder / ".work/flow")
+    shutil.rmtree(again.folder / "artifacts/flow")
+    shutil.rmtree(again.folder / ".dvc/tmp/../cache/runs", ignore_errors=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dvc", "repro", "-s", "-f", "flow"],
+        cwd=again.folder,
+        env={**again.environment, "CLEVRCAST_WORKERS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    work = again.folder / ".work/flow"
+    deadline = time.monotonic() + 120
+    while not list(work.glob("*/*/unit.json")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert len(list(work.glob("*/*/unit.json"))) < 3
+    assert not (again.folder / "artifacts/flow/manifest.json").exists()
+    again.repro("-s", "flow")
+    assert again.last_run("flow")["built"] < 3
+    assert again.digests("flow") == before
+
+
+def test_workers_give_the_same_bytes(again: Workspace) -> None:
+    before = {stage: again.digests(stage) for stage in ("decode", "flow", "encode/frame")}
+    for workers in ("1", "3"):
+        shutil.rmtree(again.folder / ".work")
+        for stage, *key in (("decode",), ("flow",), ("encode", "frame")):
+            again.module(f"stages.{stage}", *key, CLEVRCAST_WORKERS=workers)
+    assert {stage: again.digests(stage) for stage in before} == before

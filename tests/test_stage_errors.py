@@ -1,0 +1,188 @@
+"""What a user can get wrong ends in one clear error, and nothing half-written is taken for done."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ruamel.yaml import YAML
+
+from data.clevrer import FRAMES, annotation_path, video_path, write_annotation
+from data.physics import simulate
+from data.picture import write_video
+from pipeline import profiles
+from pipeline.params import read_yaml
+
+VIDEOS = (0, 1, 2, 15000)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in CLEVRER's layout whose pictures are noise: quick to make, and enough for every data stage."""
+    folder = tmp_path_factory.mktemp("source")
+    rng = np.random.default_rng(0)
+    for video in VIDEOS:
+        split = "train" if video < 10000 else "test"
+        frames = np.repeat(rng.integers(0, 255, (1, 64, 96, 3), dtype=np.uint8), FRAMES, axis=0)
+        write_video(folder / video_path(split, video), frames, 25)
+        write_annotation(
+            simulate(np.random.default_rng(video), scene_index=video), folder / annotation_path(split, video)
+        )
+    return folder
+
+
+@pytest.fixture
+def workspace(root: Path, source: Path, tmp_path: Path) -> Path:
+    """A workspace on a copy of that folder."""
+    shutil.copytree(source, tmp_path / "source")
+    for name in ("dvc.yaml", "params.yaml"):
+        shutil.copy(root / name, tmp_path / name)
+    shutil.copytree(root / "profiles", tmp_path / "profiles")
+    for name in ("data", "models", "stages", "pipeline"):
+        (tmp_path / name).symlink_to(root / name)
+    profiles.apply(tmp_path, "tiny")
+    change(tmp_path, {"acquire": {"source": "local", "root": "source"}})
+    return tmp_path
+
+
+def change(workspace: Path, overlay: dict[str, object]) -> None:
+    params = read_yaml(workspace / "params.yaml")
+    profiles.merge(params, overlay, [])
+    YAML().dump(params, workspace / "params.yaml")
+
+
+def stage(workspace: Path, *arguments: str, **environment: str) -> tuple[int, str]:
+    """Exit code and everything printed."""
+    name, *rest = arguments
+    done = subprocess.run(
+        [sys.executable, "-m", f"stages.{name}", *rest],
+        cwd=workspace,
+        env={**os.environ, "CLEVRCAST_WORKERS": "1", **environment},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+    )
+    return done.returncode, done.stdout
+
+
+def good(workspace: Path, *stages: str) -> None:
+    for name in stages:
+        code, said = stage(workspace, *name.split())
+        assert code == 0, said
+
+
+def clear(said: str) -> str:
+    """The message, having checked that it is one and no traceback."""
+    assert "Traceback" not in said
+    assert said.count("what to do:") == 1, said
+    return said
+
+
+def test_a_wrong_parameter(workspace: Path) -> None:
+    change(workspace, {"decode": {"stride": 0}})
+    code, said = stage(workspace, "acquire")
+    assert code == 2
+    assert "decode.stride = 0" in clear(said)
+    assert not (workspace / "artifacts").exists()
+
+
+def test_a_stage_before_its_input(workspace: Path) -> None:
+    code, said = stage(workspace, "decode")
+    assert code == 1
+    assert "artifacts/acquire holds no manifest.json" in clear(said)
+
+
+def test_no_such_folder(workspace: Path) -> None:
+    change(workspace, {"acquire": {"root": "elsewhere"}})
+    code, said = stage(workspace, "acquire")
+    assert code == 1
+    assert "elsewhere" in clear(said)
+
+
+def test_too_many_listed_videos_are_missing(workspace: Path) -> None:
+    change(workspace, {"acquire": {"videos": {"train": "0-5"}}})
+    code, said = stage(workspace, "acquire")
+    assert code == 1
+    assert "3 of 7 videos" in clear(said)
+    assert "no video_00003.mp4" in said
+
+
+def test_an_id_in_two_splits(workspace: Path) -> None:
+    change(workspace, {"acquire": {"videos": {"test": "2,15000"}}})
+    code, said = stage(workspace, "acquire")
+    assert code == 1
+    assert "gives id 2 to" in clear(said)
+
+
+def test_an_unreadable_video_is_quarantined_or_stops_the_stage(workspace: Path) -> None:
+    victim = workspace / "source" / video_path("train", 1)
+    victim.write_bytes(victim.read_bytes()[:700])
+    good(workspace, "acquire")
+    code, said = stage(workspace, "decode")
+    assert code == 1
+    assert "1 of 4 items are bad" in clear(said)
+    assert "video_00001.mp4" in said
+    assert not (workspace / "artifacts/decode/manifest.json").exists()
+    change(workspace, {"shards": {"max_bad_fraction": 0.5}})
+    good(workspace, "acquire", "decode")
+    manifest = json.loads((workspace / "artifacts/decode/manifest.json").read_text())
+    assert [q["id"] for q in manifest["quarantine"]] == [1]
+    assert "video_00001.mp4" in manifest["quarantine"][0]["reason"]
+    assert [i for shard in manifest["shards"] for i in shard["ids"]] == [0, 2, 15000]
+
+
+def test_a_missing_annotation_is_listed_and_stops_the_teacher_that_needs_it(workspace: Path) -> None:
+    (workspace / "source" / annotation_path("train", 2)).unlink()
+    good(workspace, "acquire", "label")
+    assert json.loads((workspace / "artifacts/label/manifest.json").read_text())["unlabelled"] == [2]
+    change(workspace, {"flow": {"teacher": "scene"}})
+    code, said = stage(workspace, "flow")
+    assert code == 1
+    assert "video 2 has no labels, which the scene teacher copies" in clear(said)
+
+
+def test_a_broken_annotation_names_file_and_field(workspace: Path) -> None:
+    victim = workspace / "source" / annotation_path("train", 0)
+    victim.write_text(victim.read_text().replace('"collision"', '"collisions"'))
+    good(workspace, "acquire")
+    code, said = stage(workspace, "label")
+    assert code == 1
+    assert "annotation_00000.json: collision is 'absent'" in clear(said)
+
+
+def test_absent_weights_name_the_three_ways_out(workspace: Path, tmp_path: Path) -> None:
+    change(workspace, {"flow": {"teacher": "raft_small", "resolution": [128, 192]}})
+    good(workspace, "acquire", "label")
+    code, said = stage(workspace, "flow", TORCH_HOME=str(tmp_path / "empty"), https_proxy="http://127.0.0.1:9")
+    assert code == 1
+    said = clear(said)
+    assert "raft_small" in said
+    for way in ("network", "TORCH_HOME", "dis"):
+        assert way in said
+    assert not (workspace / "artifacts/flow").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="mounting a small tmpfs needs root on Linux")
+def test_a_full_disk(workspace: Path) -> None:
+    small = workspace / ".work"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(small)], check=False)
+    if mounted.returncode:
+        pytest.skip("this machine does not allow mounting a tmpfs")
+    try:
+        change(workspace, {"decode": {"resolution": [128, 192]}})
+        code, said = stage(workspace, "acquire")
+        assert code == 4, said
+        assert "is full" in clear(said)
+        assert ".work" in said
+        assert not (workspace / "artifacts").exists()
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+    good(workspace, "acquire", "decode")
