@@ -63,3 +63,38 @@ def coordinates(like: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 2 h w"]:
     ys = torch.linspace(-1, 1, h, device=like.device, dtype=like.dtype)
     xs = torch.linspace(-1, 1, w, device=like.device, dtype=like.dtype)
     return torch.stack([xs[None, :].expand(h, w), ys[:, None].expand(h, w)])[None].expand(b, -1, -1, -1)
+
+
+class Matching(nn.Module):
+    """Where each cell of the present latent stood in the previous one, by soft-argmin over a local cost volume.
+
+    Gives three channels on the latent grid: dx, dy (a backward flow of the observed pair, in cells of that grid) and
+    the share of the best match. Costs are compared on cells twice as large, averaged over 3x3 of them; ``gain``
+    (`FrameVAE.latent_gain`) turns latents into what shows. Only the temperature is learned: matching has no notion
+    of what objects look like, so it cannot learn its few training videos by heart.
+    """
+
+    def __init__(self, radius: int) -> None:
+        super().__init__()
+        self.radius = radius
+        self.log_doubt = nn.Parameter(torch.tensor(-8.5))
+
+    def forward(
+        self, present: Float[Tensor, "b z hz wz"], previous: Float[Tensor, "b z hz wz"], gain: Float[Tensor, " z"]
+    ) -> Float[Tensor, "b 3 hz wz"]:
+        r, shown = self.radius, gain[:, None, None]
+        with torch.no_grad():
+            a, b = (F.avg_pool2d(latent.float() * shown, 2) for latent in (present, previous))
+            h, w = a.shape[-2:]
+            padded = F.pad(b, (r, r, r, r), mode="replicate")
+            shifts = [(dx, dy) for dy in range(-r, r + 1) for dx in range(-r, r + 1)]
+            near = [padded[:, :, r + dy : r + dy + h, r + dx : r + dx + w] for dx, dy in shifts]
+            costs = torch.stack([(a - moved).square().sum(1) for moved in near], dim=1)
+            costs = F.avg_pool2d(costs, 3, stride=1, padding=1, count_include_pad=False)
+            steps = torch.tensor(shifts, device=a.device, dtype=a.dtype)
+            # Where everything looks alike, standing still is the likeliest.
+            bias = 2 * steps.norm(dim=1)[:, None, None]
+        share = torch.softmax(-costs / self.log_doubt.exp() - bias, dim=1)
+        flow_bwd = 2 * torch.einsum("bkhw,kc->bchw", share, steps)
+        found = torch.cat([flow_bwd, share.amax(1, keepdim=True)], dim=1)
+        return F.interpolate(found, present.shape[-2:], mode="bilinear", align_corners=False)

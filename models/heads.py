@@ -11,6 +11,8 @@ from models.blocks import zero_conv
 
 # sigmoid(6) = 0.9975: twelve masks in a row still keep 97 % of a latent, and the gradient is not lost.
 VISIBLE_AT_START = 6.0
+# From so far up, a convolution of zeros needs hundreds of steps to say 'hidden'; its output is scaled to need tens.
+LOGIT_SCALE = 10.0
 
 
 class FlowHead(nn.Module):
@@ -55,7 +57,7 @@ class OcclusionHead(nn.Module):
     ) -> Float[Tensor, "b 1 hz wz"]:
         flows = torch.cat([before_bwd, after_bwd], dim=1).to(features.dtype)
         hidden = F.silu(self.enter(torch.cat([features, flows], dim=1)))
-        return self.out(hidden).float() + VISIBLE_AT_START
+        return LOGIT_SCALE * self.out(hidden).float() + VISIBLE_AT_START
 
 
 class ResidualHead(nn.Module):

@@ -93,6 +93,14 @@ def shaken(predictor: Predictor) -> Predictor:
     return predictor.eval()
 
 
+def test_latent_warp_without_prior_reaches_every_parameter_too(vae: FrameVAE) -> None:
+    predictor = shaken(made("latent_warp", vae, motion_prior="none", flip=False)).train()
+    assert predictor.needs == {"latents", "flow_bwd", "visible"}
+    predictor(with_latents(scene(), vae))[0].backward()
+    silent = [n for n, p in predictor.own_parameters().items() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert not silent
+
+
 every_predictor = pytest.mark.parametrize("name", available())
 
 

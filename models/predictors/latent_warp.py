@@ -21,7 +21,7 @@ from torch import Tensor
 
 from data.clips import Clip, Context
 from models.autoencoder import FrameVAE
-from models.blocks import Trunk, coordinates
+from models.blocks import Matching, Trunk, coordinates
 from models.heads import FlowHead, OcclusionHead, ResidualHead
 from models.losses import flow_error, latent_error, visibility_error, weighted_mean
 from models.predictor import Predictor, Rollout
@@ -42,11 +42,12 @@ class Options(BaseModel):
     features: int = Field(default=24, ge=8, description="channels that the heads see, on the latent grid")
     blocks: int = Field(default=6, ge=1, description="residual blocks of the trunk")
     coarsen: int = Field(default=4, ge=1, description="the trunk's grid is this much coarser than the latents'")
-    past: int = Field(default=3, ge=1, description="latents that the trunk sees, the present one included")
+    past: int = Field(default=3, ge=2, description="latents that the trunk sees, the present one included")
     flow_stride: int = Field(default=2, ge=1, description="pixels per cell of the grid on which flow is carried along")
     flip: bool = Field(
         default=True, description="train on every other window mirrored; it then reads frames, not latents"
     )
+    matching: int = Field(default=4, ge=0, description="without a prior: radius of the matches it is shown; 0 is none")
     latent: float = Field(default=1.0, ge=0, description="weight of the next latent's error relative to copying")
     flow: float = Field(default=0.03, ge=0, description="weight of the flow's end-point error against the teacher")
     mask: float = Field(default=0.05, ge=0, description="weight of the visibility's error")
@@ -77,8 +78,8 @@ class LatentWarp(Predictor):
 
     def __init__(self, options: Options, *, vae: FrameVAE, height: int, width: int, context: int) -> None:
         super().__init__(height=height, width=width, context=context)
-        if context < options.past or context < 2:
-            raise ValueError(f"context is {context}; it must be at least 2 and hold past={options.past} latents")
+        if context < options.past:
+            raise ValueError(f"context is {context}; it must hold past={options.past} latents")
         self.options = options
         self.needs = frozenset({"frames" if options.flip else "latents", "flow_bwd", "visible"})
         self.vae = vae.eval().requires_grad_(False)
@@ -89,8 +90,14 @@ class LatentWarp(Predictor):
                     f"{side} {pixels} must be divisible by the VAE's stride {stride} times coarsen={options.coarsen}, "
                     f"and by flow_stride={options.flow_stride}"
                 )
+        radius = options.matching if options.motion_prior == "none" else 0
+        self.matching = Matching(radius) if radius else None
         self.trunk = Trunk(
-            z * options.past + 7, options.width, options.features, blocks=options.blocks, coarsen=options.coarsen
+            z * options.past + (10 if self.matching else 7),
+            options.width,
+            options.features,
+            blocks=options.blocks,
+            coarsen=options.coarsen,
         )
         self.flow_head = FlowHead(options.features, cell=stride / options.flow_stride)
         self.occlusion_head = OcclusionHead(options.features, options.features)
@@ -106,6 +113,8 @@ class LatentWarp(Predictor):
         arriving = backward_warp(present, on_grid)
         before = resize_flow(flow_bwd, *grid)
         seen = [arriving, *past[:-1][::-1], before]
+        if self.matching is not None:
+            seen.append(self.matching(present, past[-2], self.vae.latent_gain))
         moving = on_grid.norm(dim=1, keepdim=True)
         features = self.trunk(torch.cat([*seen, on_grid, moving, coordinates(present)], dim=1))
         corrected = self.flow_head(features, prior)
