@@ -67,14 +67,15 @@ class Speed:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one predictor did on all windows. Everything but ``speed`` repeats with the seed. ``parameters`` counts
-    everything that a rollout runs, frozen and borrowed modules included."""
+    """What one predictor did on all windows. Everything but ``speed`` (None when read back from a
+    folder) repeats with the seed. ``parameters`` counts everything that a rollout runs, frozen and borrowed modules
+    included."""
 
     name: str
     state: State
     parameters: int
     examples: tuple[Example, ...]
-    speed: Speed
+    speed: Speed | None
 
     @property
     def windows(self) -> int:

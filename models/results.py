@@ -7,7 +7,6 @@
     states.json         sums and counts per video: merge, compare in pairs, recompute
     examples/RULE.npz   windows to look at, lossless, with everything the report draws
     clips/RULE.mp4      truth | prediction | error, moving; .png: the same as a strip of steps
-    timings.json        the only file whose bytes differ from run to run
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from jaxtyping import UInt8
 
 from data.errors import StoreError
 from data.picture import error_picture, panel, write_png, write_video
-from models.evaluation import Evaluation, Speed
+from models.evaluation import Evaluation
 from models.examples import Example
 from models.metrics import METRICS, Score, score
 from models.statistics import from_json
@@ -39,7 +38,7 @@ _LEAST_TILE_PX = 192
 def write_results(
     folder: Path, evaluation: Evaluation, *, seed: int, fps: float, headline_steps: Sequence[int] = (1, 6, 12)
 ) -> None:
-    """Writes the folder above; only ``timings.json`` depends on anything but ``evaluation`` and the arguments.
+    """Writes the folder above, repeatable byte for byte: the speed, which is not, is left to the caller.
 
     ``seed`` draws the bootstrap, ``fps`` is the rate of the films (that of the frames after striding, or slower).
     ``headline_steps`` beyond the horizon are left out of ``metrics.json``.
@@ -49,9 +48,6 @@ def write_results(
     _write(folder / "metrics.json", _json(_headline(evaluation, scores, headline_steps)))
     _write(folder / "by_horizon.csv", _by_horizon(evaluation.name, scores))
     _write(folder / "states.json", evaluation.state.to_json())
-    speed = evaluation.speed
-    timings = {"frames": speed.frames, "seconds": speed.seconds, "frames_per_second": speed.frames_per_second}
-    _write(folder / "timings.json", _json(timings))
     for example in evaluation.examples:
         slug = example.rules[0].replace(" ", "_")
         _save_example(folder / "examples" / f"{slug}.npz", example)
@@ -60,18 +56,17 @@ def write_results(
 
 
 def read_results(folder: Path) -> Evaluation:
-    """The evaluation behind a folder of `write_results`. Raises `StoreError` where a file is missing."""
-    for name in ("metrics.json", "states.json", "timings.json"):
+    """The evaluation behind a folder of `write_results`, without its speed. Raises `StoreError` for a missing file."""
+    for name in ("metrics.json", "states.json"):
         if not (folder / name).is_file():
             raise StoreError(f"{folder} has no {name}", remedy="run the evaluate stage of this predictor again")
     headline = json.loads((folder / "metrics.json").read_text())
-    timings = json.loads((folder / "timings.json").read_text())
     return Evaluation(
         name=headline["predictor"],
         state=from_json((folder / "states.json").read_text()),
         parameters=headline["parameters"],
         examples=tuple(_load_example(path) for path in sorted((folder / "examples").glob("*.npz"))),
-        speed=Speed(timings["frames"], timings["seconds"]),
+        speed=None,
     )
 
 

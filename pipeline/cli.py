@@ -18,12 +18,12 @@ from pipeline.params import reference
 
 COLUMNS = (
     ("skill", "skill", 3),
-    ("skill_1", "skill at 1", 3),
+    ("skill_1", "at 1", 3),
     ("skill_6", "at 6", 3),
     ("skill_12", "at 12", 3),
     ("psnr", "PSNR dB", 2),
     ("ssim", "SSIM", 4),
-    ("fg_psnr", "foreground dB", 2),
+    ("fg_psnr", "objects dB", 2),
 )
 
 
@@ -83,9 +83,9 @@ def _results(_: argparse.Namespace) -> int:
         raise WorkspaceError(f"there is no {file}", remedy="run `dvc repro` first")
     figures = json.loads(file.read_text())
     table = Table(title="skill = 1 - MSE / MSE(copy_last), over the horizon and at single steps")
-    table.add_column("predictor")
+    table.add_column("predictor", no_wrap=True)
     for title in (column[1] for column in COLUMNS):
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", no_wrap=True)
     for name, row in figures.items():
         if "skill" in row:
             cells = [f"{row[key]:.{digits}f}" if key in row else "-" for key, _, digits in COLUMNS]

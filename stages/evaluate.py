@@ -13,7 +13,7 @@ from data.catalog import Catalog
 from data.clevrer import FPS
 from data.clips import ClipSource, Context
 from data.resize import resize_field, resize_flow
-from data.store import Store
+from data.store import Store, write_json
 from models.autoencoder import load_vae
 from models.checkpoint import digest, load_predictor
 from models.evaluation import Window, evaluate
@@ -39,6 +39,8 @@ def run(job: Job) -> None:
     def make(unit: Unit, folder: Path, tick: Tick) -> list[BadItem]:
         result = evaluate(predictor, windows.told(tick), name=job.key, seed=evaluation.seed, device=job.device)
         write_results(folder, result, seed=evaluation.seed, fps=windows.fps)
+        speed = result.speed.frames_per_second if result.speed is not None else None
+        write_json(folder / TIMINGS, {"frames_per_second": speed})
         return []
 
     weights = digest(predictor) + (digest(vae) if vae is not None else "")

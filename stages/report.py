@@ -114,7 +114,7 @@ def _row(
         rng = np.random.default_rng(seed)
         advantage = _interval(paired_difference(result.state, advect.state, "skill", rng).overall)
     trained = runs.get(f"train@{result.name}", {}) if kind == "predictor" else {}
-    speed = result.speed.frames_per_second if kind == "ceiling" else _speed(runs, result.name)
+    speed = result.speed.frames_per_second if result.speed is not None else _speed(runs, result.name)
     return Row(
         name=result.name,
         kind=kind,

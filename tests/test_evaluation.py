@@ -156,9 +156,12 @@ def test_training_mode_and_speed() -> None:
     found = evaluate(predictor, windows(), name="noisy", seed=0)
     assert predictor.training
     assert found.parameters == 3
+    assert found.speed is not None
     assert found.speed.frames == 5 * 2 * Y, "the first batch warms up"
     assert found.speed.frames_per_second > 0
-    assert evaluate(predictor, windows(1), name="noisy", seed=0).speed.frames == 2 * Y
+    alone = evaluate(predictor, windows(1), name="noisy", seed=0).speed
+    assert alone is not None
+    assert alone.frames == 2 * Y
 
 
 def test_nothing_to_evaluate_is_an_error() -> None:
@@ -237,12 +240,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_all_but_timings_repeats_byte_for_byte(evaluation: Evaluation, tmp_path: Path) -> None:
+def test_the_folder_repeats_byte_for_byte(evaluation: Evaluation, tmp_path: Path) -> None:
     write_results(tmp_path / "a", evaluation, seed=1, fps=12.5)
     again = evaluate(Noisy(), windows(), name="noisy", seed=0)
     write_results(tmp_path / "b", again, seed=1, fps=12.5)
     first, second = contents(tmp_path / "a"), contents(tmp_path / "b")
-    assert first.pop("timings.json") != second.pop("timings.json")
     assert first == second
     assert {"metrics.json", "by_horizon.csv", "states.json", "examples/first.npz", "clips/first.mp4"} <= set(first)
 
@@ -278,7 +280,7 @@ def test_what_is_read_is_what_was_written(evaluation: Evaluation, tmp_path: Path
     write_results(tmp_path, evaluation, seed=1, fps=12.5)
     back = read_results(tmp_path)
     assert back.state.to_json() == evaluation.state.to_json()
-    assert (back.name, back.parameters, back.speed) == (evaluation.name, evaluation.parameters, evaluation.speed)
+    assert (back.name, back.parameters, back.speed) == (evaluation.name, evaluation.parameters, None)
     written = {e.rules: e for e in evaluation.examples}
     assert {e.rules for e in back.examples} == set(written)
     for example in back.examples:
