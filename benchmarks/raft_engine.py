@@ -1,0 +1,89 @@
+"""How much the whole-video engine saves: plain torchvision loop : engine, both ways, in one run.
+
+    TORCH_HOME=../shared/weights python -m benchmarks.raft_engine
+
+Prints ratios of times alone (larger is faster than the plain loop) and, as the proof that nothing was bought with
+accuracy, the greatest float32 difference (0 means bit-equal) and the mean end-point difference of bfloat16.
+The frames are a drifting texture with a faster square: RAFT takes the same time on any picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torchvision.models.optical_flow import raft_large, raft_small
+from torchvision.models.optical_flow.raft import RAFT
+
+from models.flow_teachers import load_raft_weights
+from models.raft_engine import RaftEngine
+
+
+def drifting_frames(count: int, height: int, width: int) -> Tensor:
+    """A rolled smooth texture and a square that moves three pixels a frame, in [-1, 1]."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(1, 3, height // 8, width // 8, generator=generator)
+    texture = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1)[0]
+    frames = torch.stack([texture.roll(k, dims=2) for k in range(count)])
+    for k in range(count):
+        frames[k, :, height // 3 : height // 2, 20 + 3 * k : 60 + 3 * k] = texture[:, :1, :1]
+    return frames * 2 - 1
+
+
+@torch.no_grad()
+def plain_loop(raft: RAFT, images: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    def one(a: Tensor, b: Tensor) -> Tensor:
+        return raft(a[None], b[None], num_flow_updates=iterations)[-1]
+
+    pairs = list(pairwise(images))
+    return torch.cat([one(a, b) for a, b in pairs]), torch.cat([one(b, a) for a, b in pairs])
+
+
+def fastest(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=["raft_small", "raft_large"], default="raft_small")
+    parser.add_argument("--iterations", type=int, default=12)
+    parser.add_argument("--frames", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=3, help="the fastest round of each counts")
+    parser.add_argument("--random-weights", action="store_true", help="ratios do not depend on the weights")
+    args = parser.parse_args()
+    raft = (raft_small if args.model == "raft_small" else raft_large)(weights=None).eval()
+    if not args.random_weights:
+        load_raft_weights(raft, args.model)
+    print(
+        f"{args.model}, {args.iterations} iterations, {args.frames} frames both ways, {torch.get_num_threads()} threads"
+    )
+    for height, width in ((160, 240), (320, 480)):
+        images = drifting_frames(args.frames, height, width)
+        exact = RaftEngine(raft, iterations=args.iterations)
+        quick = RaftEngine(raft, iterations=args.iterations, precision="bfloat16")
+        runs = {
+            "plain": lambda images=images: plain_loop(raft, images, args.iterations),
+            "float32": lambda images=images, exact=exact: exact(images),
+            "bfloat16": lambda images=images, quick=quick: quick(images),
+        }
+        plain, float32, bfloat16 = (torch.cat(run()) for run in runs.values())
+        best = dict.fromkeys(runs, float("inf"))
+        for _ in range(args.rounds):
+            for name, run in runs.items():
+                best[name] = min(best[name], fastest(run))
+        print(
+            f"{height}x{width}  plain : float32 engine = {best['plain'] / best['float32']:.2f}"
+            f"  plain : bfloat16 engine = {best['plain'] / best['bfloat16']:.2f}"
+            f"  |float32 - plain| max = {(plain - float32).abs().max():.1g}"
+            f"  |bfloat16 - plain| mean = {(plain - bfloat16).norm(dim=1).mean():.4f} px"
+        )
+
+
+if __name__ == "__main__":
+    main()
