@@ -3,8 +3,9 @@
 ``next = warp(latent, flow) * mask + residual``, recursively. Three heads on one trunk give backward flow, visibility
 and residual; the residual head sees the whole warped latent. They start at the identity (no correction of the
 flow, mask near 1, residual 0): before training this predictor *is* `copy_last`, or, with ``motion_prior: teacher``,
-`advect`, both in latent space. The flow is a state that is carried along itself from step to step and corrected
-by the flow head, so what has been stopped stays stopped.
+`advect`, both in latent space; ``matching`` needs no teacher: it advects
+along matches of the last two latents. The flow is a state that is carried along itself from step to step and
+corrected by the flow head, so what has been stopped stays stopped.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ class Options(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    motion_prior: Literal["none", "teacher"] = Field(
-        default="teacher", description="none: motion from latents alone; teacher: start from the last observed flow"
+    motion_prior: Literal["none", "matching", "teacher"] = Field(
+        default="teacher",
+        description="where the carried flow starts: at zero, at matches of the last two latents, at the teacher's",
     )
     width: int = Field(default=64, ge=8, description="channels of the trunk")
     features: int = Field(default=24, ge=8, description="channels that the heads see, on the latent grid")
@@ -47,10 +49,10 @@ class Options(BaseModel):
     flip: bool = Field(
         default=True, description="train on every other window mirrored; it then reads frames, not latents"
     )
-    matching: int = Field(default=4, ge=0, description="without a prior: radius of the matches it is shown; 0 is none")
+    matching: int = Field(default=4, ge=0, description="radius of the matches, in double cells; unused with a teacher")
     latent: float = Field(default=1.0, ge=0, description="weight of the next latent's error relative to copying")
     flow: float = Field(default=0.03, ge=0, description="weight of the flow's end-point error against the teacher")
-    mask: float = Field(default=0.05, ge=0, description="weight of the visibility's error")
+    mask: float = Field(default=0.3, ge=0, description="weight of the visibility's error")
     warped: float = Field(default=0.1, ge=0, description="weight of the same of the warped latent where it is visible")
     residual: float = Field(default=0.01, ge=0, description="weight of the residual's mean size")
 
@@ -78,6 +80,8 @@ class LatentWarp(Predictor):
 
     def __init__(self, options: Options, *, vae: FrameVAE, height: int, width: int, context: int) -> None:
         super().__init__(height=height, width=width, context=context)
+        if options.motion_prior == "matching" and not options.matching:
+            raise ValueError("motion_prior is matching and its radius, matching, is 0")
         if context < options.past:
             raise ValueError(f"context is {context}; it must hold past={options.past} latents")
         self.options = options
@@ -90,7 +94,7 @@ class LatentWarp(Predictor):
                     f"{side} {pixels} must be divisible by the VAE's stride {stride} times coarsen={options.coarsen}, "
                     f"and by flow_stride={options.flow_stride}"
                 )
-        radius = options.matching if options.motion_prior == "none" else 0
+        radius = 0 if options.motion_prior == "teacher" else options.matching
         self.matching = Matching(radius) if radius else None
         self.trunk = Trunk(
             z * options.past + (10 if self.matching else 7),
@@ -165,6 +169,9 @@ class LatentWarp(Predictor):
         flow_bwd = resize_flow(last_flow_bwd, self.height // stride, self.width // stride)
         if self.options.motion_prior == "none":
             flow_bwd = torch.zeros_like(flow_bwd)
+        elif self.matching is not None:
+            found = self.matching(observed[-1], observed[-2], self.vae.latent_gain)
+            flow_bwd = resize_flow(found[:, :2], *flow_bwd.shape[-2:])
         past = observed[-self.options.past :]
         steps = []
         for _ in range(horizon):
