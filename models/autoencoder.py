@@ -127,7 +127,7 @@ class FrameVAE(ModelMixin, ConfigMixin):
         self._set_basis(components, mean, deviation)
 
     @torch.no_grad()
-    def calibrate(self, batches: Iterable[Float[Tensor, "b c h w"]]) -> None:
+    def calibrate(self, batches: Iterable[Float[Tensor, "_ c h w"]]) -> None:
         """Measure the latents' mean and deviation per channel over the training split, and the decoder's gain.
 
         The gain is the root-mean-square change of the decoded image (in units of the input) when one channel of the
