@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+
+torch.set_num_threads(1)  # small tensors: two threads on a busy machine spend their time waiting for each other
 
 ROOT = Path(__file__).resolve().parents[1]
 
