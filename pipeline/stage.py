@@ -41,6 +41,8 @@ class Job:
     root: Path
     device: str
     built: list[Built] = field(default_factory=list)
+    made: int = 0
+    """Units that were not there when this run began."""
     facts: dict[str, Any] = field(default_factory=dict)
     """What this run measured of itself (speed): kept in ``.work/runs``, never in an output."""
 
@@ -69,12 +71,16 @@ class Job:
             PipelineError: more items were quarantined than ``shards.max_bad_fraction`` allows.
         """
         folder = WORK / self.title / fingerprint
+        _check_same_disk()
         if len(units) > 1:
             single_thread()
         if is_helper():
             build_free_units(folder, units, make)
             raise SystemExit(0)
-        with helpers(self._helpers(folder, units), self.name, self.key, WORK / self.title / "helpers.log") as started:
+        missing = sum(not (folder / unit.key()).exists() for unit in units)
+        self.made += missing
+        count = worker_count(self.device, missing) - 1
+        with helpers(count, self.name, self.key, WORK / self.title / "helpers.log") as started:
 
             def wait() -> None:
                 for process in started:
@@ -93,10 +99,6 @@ class Job:
                 remedy="mend or leave out these items, or raise shards.max_bad_fraction if the loss is acceptable",
             )
         return built
-
-    def _helpers(self, folder: Path, units: Sequence[Unit]) -> int:
-        missing = sum(not (folder / unit.key()).exists() for unit in units)
-        return max(0, worker_count(self.device, missing) - 1)
 
 
 def run_stage(name: str, run: Callable[[Job], None], *, keyed: bool = False) -> None:
@@ -126,23 +128,32 @@ def run_stage(name: str, run: Callable[[Job], None], *, keyed: bool = False) -> 
 
 
 def _record(job: Job, seconds: float) -> None:
-    made = [b for b in job.built if not b.reused]
     RUNS.mkdir(parents=True, exist_ok=True)
     body: Mapping[str, Any] = {
         "seconds": round(seconds, 2),
-        "built": len(made),
-        "reused": len(job.built) - len(made),
+        "built": job.made,
+        "reused": len(job.built) - job.made,
         "build_seconds": round(sum(b.seconds for b in job.built), 2),
         "device": job.device,
         **job.facts,
     }
     (RUNS / f"{job.title}.json").write_text(json.dumps(body))
-    print(f"{job.title}: {len(made)} units built, {len(job.built) - len(made)} found ready, {seconds:.1f} s")
+    print(f"{job.title}: {job.made} units built, {len(job.built) - job.made} found ready, {seconds:.1f} s")
 
 
 def read_runs() -> dict[str, dict[str, Any]]:
     """The record of every stage's last run on this machine, by title (``flow``, ``train@latent_warp``)."""
     return {file.stem: json.loads(file.read_text()) for file in sorted(RUNS.glob("*.json"))}
+
+
+def _check_same_disk() -> None:
+    for folder in (WORK, ARTIFACTS):
+        folder.mkdir(parents=True, exist_ok=True)
+    if WORK.stat().st_dev != ARTIFACTS.stat().st_dev:
+        raise WorkspaceError(
+            f"{WORK} and {ARTIFACTS} are on different file systems, so finished work cannot be hard-linked",
+            remedy="move both to one file system, for example by a symbolic link for each",
+        )
 
 
 def _die_with_parent() -> None:

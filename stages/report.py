@@ -81,24 +81,26 @@ def _summary(results: Sequence[Evaluation], scores: dict[str, dict[str, Score]])
         return "Only the baselines were evaluated."
     best = max(learned, key=lambda name: scores[name]["skill"].overall.value)
     skill, base = (scores[name]["skill"].overall for name in (best, "advect"))
+    if not skill.value > 0:
+        return f"No learned predictor beats copying the last frame: the best, {best}, has a skill of {skill.value:.2f}."
+    interval = f" (95 % interval {_percent(skill.low)} to {_percent(skill.high)})" if math.isfinite(skill.low) else ""
     return (
         f"The best predictor is {best}: over the horizon it removes {_percent(skill.value)} of the squared error of "
-        f"copying the last frame (95 % interval {_percent(skill.low)} to {_percent(skill.high)}); advecting the last "
-        f"observed flow removes {_percent(base.value)}."
+        f"copying the last frame{interval}; advecting the last observed flow removes {_percent(base.value)}."
     )
 
 
 def _percent(value: float) -> str:
-    return f"{100 * value:.0f} %" if math.isfinite(value) else "an unknown part"
+    return f"{100 * value:.0f} %"
 
 
 def _facts(job: Job, windows: Windows, first: Evaluation) -> tuple[tuple[str, str], ...]:
     p = job.params
     h, w = p.decode.resolution
     return (
-        ("videos", f"{p.acquire.source}: {len(first.state.videos)} of the {p.evaluate.split} split"),
+        ("videos", f"{len(first.state.videos)} {p.acquire.source}, {p.evaluate.split} split"),
         ("windows", f"{first.windows} of {windows.context} + {windows.horizon} frames, every {windows.every}"),
-        ("frames", f"{h} x {w}, every {p.decode.stride}. frame ({windows.fps:g} per second)"),
+        ("frames", f"{h} x {w}, one in {p.decode.stride} ({windows.fps:g} per second)"),
         ("teacher", f"{p.flow.teacher} at {p.flow.resolution[0]} x {p.flow.resolution[1]}"),
     )
 

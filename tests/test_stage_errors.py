@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -40,15 +41,19 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def workspace(root: Path, source: Path, tmp_path: Path) -> Path:
     """A workspace on a copy of that folder."""
-    shutil.copytree(source, tmp_path / "source")
+    return make_workspace(root, source, tmp_path)
+
+
+def make_workspace(root: Path, source: Path, folder: Path) -> Path:
+    shutil.copytree(source, folder / "source")
     for name in ("dvc.yaml", "params.yaml"):
-        shutil.copy(root / name, tmp_path / name)
-    shutil.copytree(root / "profiles", tmp_path / "profiles")
+        shutil.copy(root / name, folder / name)
+    shutil.copytree(root / "profiles", folder / "profiles")
     for name in ("data", "models", "stages", "pipeline"):
-        (tmp_path / name).symlink_to(root / name)
-    profiles.apply(tmp_path, "tiny")
-    change(tmp_path, {"acquire": {"source": "local", "root": "source"}})
-    return tmp_path
+        (folder / name).symlink_to(root / name)
+    profiles.apply(folder, "tiny")
+    change(folder, {"acquire": {"source": "local", "root": "source"}})
+    return folder
 
 
 def change(workspace: Path, overlay: dict[str, object]) -> None:
@@ -169,20 +174,31 @@ def test_absent_weights_name_the_three_ways_out(workspace: Path, tmp_path: Path)
     assert not (workspace / "artifacts/flow").exists()
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="mounting a small tmpfs needs root on Linux")
-def test_a_full_disk(workspace: Path) -> None:
-    small = workspace / ".work"
-    small.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(small)], check=False)
-    if mounted.returncode:
-        pytest.skip("this machine does not allow mounting a tmpfs")
-    try:
-        change(workspace, {"decode": {"resolution": [128, 192]}})
-        code, said = stage(workspace, "acquire")
-        assert code == 4, said
-        assert "is full" in clear(said)
-        assert ".work" in said
-        assert not (workspace / "artifacts").exists()
-    finally:
-        subprocess.run(["umount", str(small)], check=True)
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    if sys.platform != "linux" or os.geteuid() != 0 or subprocess.run(mount, check=False).returncode:
+        pytest.skip("mounting a small tmpfs needs root on Linux")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk(root: Path, source: Path, small_disk: Path) -> None:
+    workspace = make_workspace(root, source, small_disk)
+    code, said = stage(workspace, "acquire")
+    assert code == 4, said
+    assert ".work/acquire" in clear(said)
+    assert "is full" in said
+    assert not (workspace / "artifacts/acquire").exists()
+    subprocess.run(["mount", "-o", "remount,size=50m", str(small_disk)], check=True)
     good(workspace, "acquire", "decode")
+
+
+def test_work_and_artifacts_on_two_disks(workspace: Path, small_disk: Path) -> None:
+    (workspace / "artifacts").symlink_to(small_disk)
+    code, said = stage(workspace, "acquire")
+    assert code == 5
+    assert "different file systems" in clear(said)
