@@ -44,13 +44,25 @@ def backward_warp(
     return out.to(source.dtype)
 
 
-def advect_flow(flow_bwd: Float[Tensor, "b 2 h w"]) -> Float[Tensor, "b 2 h w"]:
+def advect_flow(flow_bwd: Float[Tensor, "b 2 h w"], *, reach: int = 3) -> Float[Tensor, "b 2 h w"]:
     """The flow of the next pair under constant velocity: every vector is carried along by itself.
 
-    ``flow_bwd`` of the pair (t-1, t) lives on t; what stands at x in t+1 stood at x + v in t, so the next field
-    is ``v'(x) = v(x + v'(x))``. Solved by fixed-point iteration from v' = v.
+    ``flow_bwd`` of the pair (t-1, t) lives on t. What stands at x in t+1 stood at x + v' in t and moves on as it did
+    there, so the next field solves ``v'(x) = v(x + v'(x))``. In front of a moving object both rest and the object's
+    motion solve this; what moves is in front of the ground, so the larger solution is taken: one look-up along the
+    largest vector within ``reach`` cells. Behind the object neither does, and the old vector stays: it brings ground
+    from further behind to where the object was.
+
+    Iterating from v instead, which finds the solution at rest, eats the front of every object step by step: with flow
+    that ends at the objects' edges, twelve steps of advection on real videos score a mean skill of 0.41 instead of 0.55
+    (docs/log.md). Gradients pass through the vectors, not through the places they are looked up at: trained
+    through, twelve look-ups in a row explode.
     """
-    carried = flow_bwd
-    for _ in range(3):
-        carried = backward_warp(flow_bwd, carried)
-    return carried
+    with torch.no_grad():
+        h, w = flow_bwd.shape[-2:]
+        speed = flow_bwd.norm(dim=1, keepdim=True)
+        _, place = F.max_pool2d(speed, 2 * reach + 1, stride=1, padding=reach, return_indices=True)
+        largest = flow_bwd.flatten(2).gather(2, place.flatten(2).expand(-1, 2, -1)).unflatten(2, (h, w))
+    arriving = backward_warp(flow_bwd, largest)
+    faster = arriving.norm(dim=1, keepdim=True) > speed
+    return torch.where(faster, arriving, flow_bwd)

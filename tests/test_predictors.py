@@ -18,6 +18,7 @@ from data.clips import Clip, Context
 from models.autoencoder import FrameVAE
 from models.losses import latent_error
 from models.predictor import Predictor, available, build, find
+from models.predictors.latent_warp import roll_colours
 from models.training import TrainingOptions, train
 from models.warp import advect_flow, backward_warp, resize_flow
 
@@ -225,7 +226,7 @@ def test_latent_warp_with_prior_starts_as_advection_of_latents(vae: FrameVAE) ->
     latent = vae.to_latents(context.frames[:, -1])
     flow_bwd = resize_flow(context.flow_bwd[:, -1], HEIGHT // 2, WIDTH // 2)
     for k in range(HORIZON):
-        flow_bwd = backward_warp(flow_bwd, advect_flow(flow_bwd))
+        flow_bwd = advect_flow(flow_bwd)
         latent = backward_warp(latent, resize_flow(flow_bwd, HEIGHT // 4, WIDTH // 4))
         torch.testing.assert_close(out.frames[:, k], vae.to_frames(latent), atol=0.005 * (k + 1), rtol=0)
 
@@ -254,3 +255,12 @@ def test_latent_warp_never_trains_or_saves_the_vae(vae: FrameVAE) -> None:
 def test_latent_warp_names_the_sides_that_do_not_fit(vae: FrameVAE) -> None:
     with pytest.raises(ValueError, match="width 40 must be divisible by the VAE's stride 4 times coarsen=4"):
         build("latent_warp", {}, vae=vae, height=32, width=40, context=CONTEXT)
+
+
+def test_recoloured_windows_keep_their_motion_and_their_grey() -> None:
+    grey = torch.rand(6, 3, 1, 8, 8).expand(-1, -1, 3, -1, -1)
+    assert torch.equal(roll_colours(grey), grey)
+    colour = torch.rand(6, 3, 3, 8, 8)
+    rolled = roll_colours(colour)
+    assert torch.equal(rolled[[0, 1, 4, 5]], colour[[0, 1, 4, 5]])
+    assert torch.equal(rolled[2:4], colour[2:4].roll(1, dims=2))

@@ -49,6 +49,9 @@ class Options(BaseModel):
     flip: bool = Field(
         default=True, description="train on every other window mirrored; it then reads frames, not latents"
     )
+    recolour: bool = Field(
+        default=False, description="train on half of the windows with their colour channels rolled; needs flip"
+    )
     matching: int = Field(default=4, ge=0, description="radius of the matches, in double cells; unused with a teacher")
     latent: float = Field(default=1.0, ge=0, description="weight of the next latent's error relative to copying")
     flow: float = Field(default=0.03, ge=0, description="weight of the flow's end-point error against the teacher")
@@ -111,8 +114,7 @@ class LatentWarp(Predictor):
         """One step on: ``past`` from the oldest to the present latent, ``flow_bwd`` of the pair that ended there."""
         present = past[-1]
         grid = present.shape[-2:]
-        # Where the flow is carried to is not trained through: twelve such look-ups in a row make gradients explode.
-        prior = backward_warp(flow_bwd, advect_flow(flow_bwd.detach()))
+        prior = advect_flow(flow_bwd)
         on_grid = resize_flow(prior, *grid)
         arriving = backward_warp(present, on_grid)
         before = resize_flow(flow_bwd, *grid)
@@ -158,6 +160,8 @@ class LatentWarp(Predictor):
         if not self.options.flip:
             return batch.require("latents").float(), teacher, visible
         frames = mirror_odd(batch.require("frames"))
+        if self.options.recolour:
+            frames = roll_colours(frames)
         with torch.no_grad():
             latents = self.vae.to_latents(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
         sign = torch.tensor([-1.0, 1.0], device=teacher.device)[:, None, None]
@@ -193,6 +197,15 @@ class LatentWarp(Predictor):
             flow_bwd=torch.stack([resize_flow(s.flow_bwd, *size) for s in steps], 1),
             visible=torch.stack(masks, 1),
         )
+
+
+def roll_colours(windows: Float[Tensor, "b t 3 h w"]) -> Float[Tensor, "b t 3 h w"]:
+    """Windows 2, 3, 6, 7, ... with their channels rolled by one, so that every colour moves in every way."""
+    out = windows.clone()
+    for k in range(len(windows)):
+        if k // 2 % 2:
+            out[k] = windows[k].roll(1 + k // 4 % 2, dims=1)
+    return out
 
 
 def mirror_odd(
