@@ -2,6 +2,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
+# Two workers suit two cores; a file of tests stays on one of them.
+ARGS ?= -n 2 --dist loadfile
 INSTALLED := $(VENV)/.installed
 
 .DELETE_ON_ERROR:

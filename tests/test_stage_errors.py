@@ -175,11 +175,12 @@ def test_absent_weights_name_the_three_ways_out(workspace: Path, tmp_path: Path)
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MB."""
+def small_disk(tmp_path: Path, source: Path) -> Iterator[Path]:
+    """A file system that holds the source and half a copy of it."""
+    size = sum(-(-f.stat().st_size // 4096) * 4 for f in source.rglob("*") if f.is_file())
     folder = tmp_path / "small"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size * 3 // 2 + 200}k", "tmpfs", str(folder)]
     if sys.platform != "linux" or os.geteuid() != 0 or subprocess.run(mount, check=False).returncode:
         pytest.skip("mounting a small tmpfs needs root on Linux")
     yield folder
