@@ -206,8 +206,7 @@ def test_kill_9_in_the_middle_of_flow_leaves_identical_stores(again: Workspace) 
 
 def test_workers_give_the_same_bytes(again: Workspace) -> None:
     before = {stage: again.digests(stage) for stage in ("decode", "flow", "encode/frame")}
-    for workers in ("1", "3"):
-        shutil.rmtree(again.folder / ".work")
-        for stage, *key in (("decode",), ("flow",), ("encode", "frame")):
-            again.module(f"stages.{stage}", *key, CLEVRCAST_WORKERS=workers)
+    shutil.rmtree(again.folder / ".work")
+    for stage, *key in (("decode",), ("flow",), ("encode", "frame")):
+        again.module(f"stages.{stage}", *key, CLEVRCAST_WORKERS="1")  # before: one per core
     assert {stage: again.digests(stage) for stage in before} == before
