@@ -133,3 +133,15 @@ def test_every_parameter_is_explained() -> None:
     rows = reference()
     assert {"acquire.videos", "flow.gate.radius", "predictors.NAME.model", "vae.NAME.batch"} <= {row[0] for row in rows}
     assert [row[0] for row in rows if not row[3]] == []
+
+
+def test_dvc_tracks_only_parameters_that_the_file_holds(root: Path, raw: dict[str, Any]) -> None:
+    """DVC stops at a tracked key that params.yaml leaves to its default."""
+    stages = read_yaml(root / "dvc.yaml")["stages"]
+    for name, body in stages.items():
+        keys = list(raw[body["foreach"][2:-1]]) if "foreach" in body else [""]
+        for path in (p.replace("${key}", key) for p in body.get("do", body).get("params", []) for key in keys):
+            node: Any = raw
+            for part in path.split("."):
+                assert part in node, f"{name} tracks {path}, which params.yaml does not hold"
+                node = node[part]
