@@ -91,6 +91,7 @@ def _results(_: argparse.Namespace) -> int:
             cells = [f"{row[key]:.{digits}f}" if key in row else "-" for key, _, digits in COLUMNS]
             table.add_row(name, *cells)
     console = Console()
+    console.width = max(console.width, 100)  # a log has no width: names and figures are not cut
     console.print(table)
     teacher = figures.get("teacher")
     if teacher:
