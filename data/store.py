@@ -18,14 +18,16 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import zarr
-from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
+from zarr.abc.buffer import Buffer
+from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.storage import MemoryStore
 
 from data.errors import StoreError
 
@@ -49,16 +51,18 @@ class ArraySpec:
     attributes: dict[str, Any] = field(default_factory=dict)
 
     def compressors(self) -> tuple[Any, ...]:
-        """Measured choices: zstd for pictures, blosc-zstd with bit-shuffle for flow and masks; always a checksum."""
-        if self.codec == "field":
-            return (BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle"), Crc32cCodec())
-        return (ZstdCodec(level=3, checksum=True),)
+        """The smallest that is fast enough, as measured in docs/storage.md: latents, whose floats shrink little at any
+        level, are not to hold up the GPU that makes them.
 
-    def create(self, group_path: Path, rows: int, videos_per_shard: int) -> zarr.Array:
+        The checksum is outside: damage is found before zstd reads a length from it.
+        """
+        return (ZstdCodec(level=3 if self.dtype == "float16" else 9), Crc32cCodec())
+
+    def create(self, group: Path | MemoryStore, rows: int, videos_per_shard: int) -> zarr.Array:
         clip = min(self.clip, self.item[0])
         length = -(-self.item[0] // clip) * clip
         return zarr.create_array(
-            store=str(group_path),
+            store=str(group) if isinstance(group, Path) else group,
             name=self.name,
             shape=(rows, *self.item),
             chunks=(1, clip, *self.item[1:]),
@@ -89,27 +93,77 @@ def bucket_ids(ids: Iterable[int], videos_per_shard: int) -> dict[int, tuple[int
     return {bucket: tuple(members) for bucket, members in sorted(buckets.items())}
 
 
-def write_shard(
-    folder: Path, specs: Sequence[ArraySpec], videos: Mapping[int, Mapping[str, np.ndarray]], videos_per_shard: int
-) -> None:
+Videos = Mapping[int, Mapping[str, np.ndarray]] | Iterator[tuple[int, Mapping[str, np.ndarray]]]
+
+
+def write_shard(folder: Path, specs: Sequence[ArraySpec], videos: Videos, videos_per_shard: int) -> None:
     """Write one bucket's videos (id -> array name -> array) as one shard file per array below ``folder``.
+
+    ``videos`` may be an iterator of (id, arrays): each is let go when the next one is there, so that memory holds two
+    of them and the compressed shard. Neither that nor the order of the videos makes a difference to the bytes.
 
     Raises:
         StoreError: an array has another shape or dtype than its `ArraySpec` promises.
     """
-    for spec in specs:
-        block = np.zeros((videos_per_shard, *spec.item), dtype=spec.dtype)
-        for video, arrays in videos.items():
-            value = arrays[spec.name]
+    compressed: dict[str, Buffer] = {}
+    arrays: dict[str, zarr.Array] = {}
+    for video, values in videos.items() if isinstance(videos, Mapping) else videos:
+        if not arrays:  # a shard without a video is no files at all
+            memory = MemoryStore(compressed)
+            arrays = {spec.name: spec.create(memory, videos_per_shard, videos_per_shard) for spec in specs}
+        for spec in specs:
+            value = values[spec.name]
             if value.shape != spec.item or value.dtype != np.dtype(spec.dtype):
                 raise StoreError(
                     f"{spec.name} of video {video} is {value.dtype}{list(value.shape)}, "
                     f"the store holds {spec.dtype}{list(spec.item)}",
                     remedy="this is a defect of the stage that made the array: report it with both shapes",
                 )
-            block[video % videos_per_shard] = value
-        if videos:
-            spec.create(folder, videos_per_shard, videos_per_shard)[:] = block
+            arrays[spec.name][video % videos_per_shard] = value
+    for name, content in compressed.items():
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content.to_bytes())
+
+
+def read_shard(
+    folder: Path, specs: Sequence[ArraySpec], ids: Iterable[int], videos_per_shard: int
+) -> dict[int, dict[str, np.ndarray]]:
+    """The videos ``ids`` of a shard that `write_shard` finished in ``folder``, as they were given to it.
+
+    Whether a row holds a video is for the caller to know: rows without one read as zeros.
+
+    Raises:
+        StoreError: an array is missing, has another shape or dtype than its `ArraySpec`, or fails its checksum.
+    """
+    videos: dict[int, dict[str, np.ndarray]] = {i: {} for i in ids}
+    for spec in specs if videos else ():
+        try:
+            array = zarr.open_array(store=str(folder / spec.name), mode="r")
+        except FileNotFoundError:
+            raise _unlike(folder / spec.name, "is missing", spec) from None
+        if array.shape != (videos_per_shard, *spec.item) or array.dtype != np.dtype(spec.dtype):
+            raise _unlike(folder / spec.name, f"holds {array.dtype}{list(array.shape)}", spec)
+        for i, arrays in videos.items():
+            arrays[spec.name] = _decoded(array, i % videos_per_shard, slice(None), f"{folder / spec.name}: video {i}")
+    return videos
+
+
+def _unlike(path: Path, found: str, spec: ArraySpec) -> StoreError:
+    return StoreError(
+        f"{path} {found}; a shard of videos of {spec.dtype}{list(spec.item)} was expected",
+        remedy="remove the shard's folder and build it again",
+    )
+
+
+def _decoded(array: zarr.Array, row: int, steps: slice, what: str) -> np.ndarray:
+    try:
+        return np.asarray(array[row, steps])
+    except (ValueError, RuntimeError) as error:
+        raise StoreError(
+            f"{what} cannot be decoded ({error})",
+            remedy="the shard is damaged: remove the folder and run `dvc repro`",
+        ) from error
 
 
 def assemble(
@@ -250,13 +304,8 @@ class Store:
             raise StoreError(
                 f"{self.path} holds no video {video} ({why})", remedy="choose one of the ids in its manifest"
             )
-        try:
-            return np.asarray(self._open(name)[self._row[video], start:stop])
-        except (ValueError, RuntimeError) as error:
-            raise StoreError(
-                f"{self.path / name}: video {video}, steps {start}:{stop} cannot be decoded ({error})",
-                remedy="the shard is damaged: remove the folder and run `dvc repro`",
-            ) from error
+        what = f"{self.path / name}: video {video}, steps {start}:{stop}"
+        return _decoded(self._open(name), self._row[video], slice(start, stop), what)
 
     def read_flow(self, name: str, video: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Flow in pixels, float32 (t, 2, h, w), out of its stored int16."""

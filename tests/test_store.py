@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +13,17 @@ import xarray
 import zarr
 
 from data.errors import StoreError
-from data.store import ArraySpec, ShardPlace, Store, assemble, bucket_ids, file_digest, pack_flow, write_shard
+from data.store import (
+    ArraySpec,
+    ShardPlace,
+    Store,
+    assemble,
+    bucket_ids,
+    file_digest,
+    pack_flow,
+    read_shard,
+    write_shard,
+)
 
 SPECS = [
     ArraySpec("frames", (10, 6, 8, 3), "uint8", ("time", "y", "x", "channel"), 4, "picture"),
@@ -78,6 +91,79 @@ def test_the_same_videos_give_the_same_bytes(tmp_path: Path) -> None:
         files = sorted(f for f in (tmp_path / name / "out").rglob("*") if f.is_file())
         trees.append({str(f.relative_to(tmp_path / name)): file_digest(f) for f in files})
     assert trees[0] == trees[1]
+
+
+def test_neither_order_nor_iterator_changes_the_bytes(tmp_path: Path) -> None:
+    write_shard(tmp_path / "dict", SPECS, {i: video(i) for i in (8, 9, 11)}, 4)
+    write_shard(tmp_path / "iterator", SPECS, ((i, video(i)) for i in (11, 8, 9)), 4)
+    whole = np.zeros((4, *SPECS[0].item), np.uint8)
+    whole[[0, 1, 3]] = [video(i)["frames"] for i in (8, 9, 11)]
+    SPECS[0].create(tmp_path / "whole", 4, 4)[:] = whole
+    files = {str(f.relative_to(tmp_path / "dict")): f for f in (tmp_path / "dict").rglob("*") if f.is_file()}
+    assert {name.split("/")[0] for name in files if "/c/" in name} == {spec.name for spec in SPECS}
+    for name, file in files.items():
+        assert file.read_bytes() == (tmp_path / "iterator" / name).read_bytes(), name
+        if name.startswith("frames/"):
+            assert file.read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_one_video_at_a_time_is_held(tmp_path: Path) -> None:
+    made: list[weakref.ref[np.ndarray]] = []
+    held: list[int] = []
+
+    def videos() -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        for i in range(4):
+            held.append(sum(reference() is not None for reference in made))
+            arrays = video(i)
+            made.append(weakref.ref(arrays["frames"]))
+            yield i, arrays
+            del arrays
+
+    write_shard(tmp_path, SPECS, videos(), 4)
+    assert max(held) <= 1
+    assert len(held) == 4
+
+
+def test_a_shard_without_videos_is_no_file(tmp_path: Path) -> None:
+    write_shard(tmp_path, SPECS, {}, 4)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_shard_is_read_back_before_it_is_in_a_store(tmp_path: Path) -> None:
+    still = {name: np.zeros_like(array) for name, array in video(9).items()}  # zarr keeps no chunk of it
+    write_shard(tmp_path, SPECS, {8: video(8), 9: still, 11: video(11)}, 4)
+    back = read_shard(tmp_path, SPECS, [9, 11], 4)
+    assert sorted(back) == [9, 11]
+    for i, truth in ((9, still), (11, video(11))):
+        assert sorted(back[i]) == sorted(truth)
+        for name, array in truth.items():
+            np.testing.assert_array_equal(back[i][name], array)
+            assert back[i][name].dtype == array.dtype
+    write_shard(tmp_path / "again", SPECS, {8: video(8), **back}, 4)
+    for file in (f for f in (tmp_path / "again").rglob("*") if f.is_file()):
+        assert file.read_bytes() == (tmp_path / file.relative_to(tmp_path / "again")).read_bytes()
+    assert read_shard(tmp_path / "nothing", SPECS, [], 4) == {}
+
+
+def test_a_shard_of_another_kind_is_refused(tmp_path: Path) -> None:
+    write_shard(tmp_path, SPECS[1:], {8: video(8)}, 4)
+    with pytest.raises(StoreError, match="frames is missing"):
+        read_shard(tmp_path, SPECS, [8], 4)
+    for wrong in (replace(SPECS[1], item=(9, 2, 6, 9)), replace(SPECS[1], dtype="int32")):
+        with pytest.raises(StoreError, match=r"holds int16\[4, 9, 2, 6, 8\].*was expected"):
+            read_shard(tmp_path, [wrong], [8], 4)
+    with pytest.raises(StoreError, match=r"holds int16\[4, "):
+        read_shard(tmp_path, SPECS[1:], [8], 8)
+
+
+def test_every_flipped_bit_of_a_shard_is_found(tmp_path: Path) -> None:
+    write_shard(tmp_path, SPECS[2:], {8: video(8)}, 4)
+    shard = next(f for f in (tmp_path / "boxes/c").rglob("*") if f.is_file())
+    whole = shard.read_bytes()
+    for position in range(len(whole)):
+        shard.write_bytes(whole[:position] + bytes([whole[position] ^ (1 << position % 8)]) + whole[position + 1 :])
+        with pytest.raises(StoreError, match=r"boxes: video 8 cannot be decoded"):
+            read_shard(tmp_path, SPECS[2:], [8], 4)
 
 
 def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
