@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import EmptyError
-from data.store import FORMAT, MANIFEST, read_manifest, write_json
+from data.manifest import file_entry, promised_files, read_manifest, write_manifest
 
 
 @dataclass(frozen=True)
@@ -34,19 +34,30 @@ class Catalog:
     def load(cls, root: Path | str) -> Catalog:
         """Read the manifest in ``root``. Raises StoreError where there is none."""
         manifest = read_manifest(Path(root))
-        return cls(Path(root), tuple(Video(**v) for v in manifest["videos"]), tuple(manifest["quarantine"]))
+        files = promised_files(manifest)
+        videos = []
+        for entry in manifest["videos"]:
+            digests = (files[name]["sha256"] if name else None for name in (entry["video"], entry["annotation"]))
+            video_sha256, annotation_sha256 = digests
+            videos.append(Video(**entry, video_sha256=str(video_sha256), annotation_sha256=annotation_sha256))
+        return cls(Path(root), tuple(videos), tuple(manifest["quarantine"]))
 
     def save(self, **facts: Any) -> None:
         """Write the manifest, last of all."""
         splits = sorted({v.split for v in self.videos})
+        files = {}
+        for video in self.videos:
+            files[video.video] = file_entry(self.root / video.video, video.video_sha256)
+            if video.annotation is not None:
+                files[video.annotation] = file_entry(self.root / video.annotation, video.annotation_sha256)
         body = {
-            "format": FORMAT,
             **facts,
             "counts": {split: sum(v.split == split for v in self.videos) for split in splits},
-            "videos": [asdict(v) for v in self.videos],
+            "videos": [{k: v for k, v in asdict(video).items() if "sha256" not in k} for video in self.videos],
             "quarantine": list(self.quarantine),
+            "files": files,
         }
-        write_json(self.root / MANIFEST, body)
+        write_manifest(self.root, body)
 
     def split(self, name: str) -> tuple[int, ...]:
         """Ids of one split.

@@ -15,7 +15,6 @@ Shards are written by one writer each into a folder of their own (`write_shard`)
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,9 +29,8 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
 from data.errors import StoreError
+from data.manifest import file_entry, read_manifest, write_manifest
 
-FORMAT = 1
-MANIFEST = "manifest.json"
 GROUP = "store.zarr"
 FLOW_SCALE = 32.0
 """Flow is stored as int16 in 1/32 px: at most 1/64 px of rounding, a range of +-1024 px."""
@@ -83,6 +81,8 @@ class ShardPlace:
     folder: Path
     ids: tuple[int, ...]
     key: str
+    digests: Mapping[str, str] = field(default_factory=dict)
+    """sha256 of its files, by path relative to ``folder``, where they are known already."""
 
 
 def bucket_ids(ids: Iterable[int], videos_per_shard: int) -> dict[int, tuple[int, ...]]:
@@ -162,7 +162,7 @@ def _decoded(array: zarr.Array, row: int, steps: slice, what: str) -> np.ndarray
     except (ValueError, RuntimeError) as error:
         raise StoreError(
             f"{what} cannot be decoded ({error})",
-            remedy="the shard is damaged: remove the folder and run `dvc repro`",
+            remedy="the shard is damaged: run `clevrcast verify --repair`",
         ) from error
 
 
@@ -184,7 +184,7 @@ def assemble(
     group = out / GROUP
     group.mkdir(parents=True)
     rows = len(shards) * videos_per_shard
-    zarr.create_group(store=str(group), attributes={"format": FORMAT})
+    zarr.create_group(store=str(group))
     entries = []
     video = np.full(rows, -1, dtype=np.int32)
     for ordinal, shard in enumerate(shards):
@@ -207,45 +207,19 @@ def assemble(
             target = group / spec.name / "c" / str(ordinal) / tail
             target.parent.mkdir(parents=True, exist_ok=True)
             os.link(source, target)
-            files[str(target.relative_to(out))] = {"sha256": file_digest(source), "bytes": source.stat().st_size}
+            digest = shard.digests.get(str(source.relative_to(shard.folder)))
+            files[str(target.relative_to(out))] = file_entry(source, digest)
         entries.append({"ids": list(shard.ids), "key": shard.key, "files": files})
-    described = [asdict(spec) for spec in specs]
-    body = {"format": FORMAT, **manifest, "videos_per_shard": videos_per_shard, "arrays": described, "shards": entries}
-    write_json(out / MANIFEST, body)
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def write_json(path: Path, body: Mapping[str, Any]) -> None:
-    """Write JSON atomically: readers see the old file or the whole new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(body, indent=1) + "\n")
-    temporary.replace(path)
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of the store or stage output in folder ``path``.
-
-    Raises:
-        StoreError: the folder has no manifest (the stage has not run, or was interrupted) or another format.
-    """
-    file = path / MANIFEST
-    if not file.exists():
-        raise StoreError(
-            f"{path} holds no {MANIFEST}: its stage has not run or did not finish",
-            remedy=f"run `dvc repro` up to the stage that writes {path}",
-        )
-    manifest = json.loads(file.read_text())
-    if manifest.get("format") != FORMAT:
-        raise StoreError(
-            f"{file} has format {manifest.get('format')!r}, this version reads {FORMAT}",
-            remedy="rebuild the stage with this version: `dvc repro --force` on it",
-        )
-    return manifest
+    promised = {name for entry in entries for name in entry["files"]}
+    rest = {str(f.relative_to(out)): f for f in sorted(group.rglob("*")) if f.is_file()}
+    body = {
+        **manifest,
+        "videos_per_shard": videos_per_shard,
+        "arrays": [asdict(spec) for spec in specs],
+        "shards": entries,
+        "files": {name: file_entry(file) for name, file in rest.items() if name not in promised},
+    }
+    write_manifest(out, body)
 
 
 class Store:
@@ -265,7 +239,7 @@ class Store:
                     found = file.stat().st_size if file.exists() else "no file"
                     raise StoreError(
                         f"{file}: the manifest promises {entry['bytes']} bytes, found {found}",
-                        remedy="remove the folder and run `dvc repro`: undamaged shards are linked, not recomputed",
+                        remedy="run `clevrcast verify --repair`: undamaged shards are linked, not recomputed",
                     )
             for i in shard["ids"]:
                 self._row[i] = ordinal * v + i % v

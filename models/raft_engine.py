@@ -12,15 +12,17 @@ one, and with a single thread a 1x1 convolution of a batch of 16 or more. So the
 feeds two images, never sees fewer here; the context encoder, which it feeds one, sees one; and the update block runs
 pair by pair where its maps are that small. Sampling stays with `grid_sample`, whose rounding differs from tap to tap.
 
-``bfloat16`` is not bound by that: encoders under autocast, update block in bfloat16 and channels_last, coordinates in
-float32. Pooling is linear, so one product with the features and their pooled copies is the whole pyramid, and a
-window of neighbours is gathered once at whole cells and blended with the one fraction that all its taps share (under
-autocast `grid_sample` would first copy every volume to float32, at every iteration).
+``bfloat16`` is not bound by that: encoders under autocast, update block in bfloat16 and channels_last with what the
+iterations share computed once (`models.raft_recurrence`), coordinates in float32. Pooling is linear, so one product
+with the features and their pooled copies is the whole pyramid, and a window of neighbours is gathered once at whole
+cells and blended with the one fraction that all its taps share (under autocast `grid_sample` would first copy every
+volume to float32, at every iteration).
 """
 
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Literal
 
 import torch
@@ -28,6 +30,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torchvision.models.optical_flow.raft import RAFT, CorrBlock
+
+from models.raft_recurrence import Recurrence
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -54,11 +58,13 @@ class RaftEngine:
         self.iterations = iterations
         self.precision = precision
         self.memory_budget = memory_budget
+        self.recurrence: Recurrence | None = None
         if precision == "bfloat16":
             self.raft.to(memory_format=torch.channels_last)
             self.raft.update_block.to(torch.bfloat16)
             if self.raft.mask_predictor is not None:
                 self.raft.mask_predictor.to(torch.bfloat16)
+            self.recurrence = Recurrence(self.raft.update_block)
 
     @torch.no_grad()
     def __call__(
@@ -126,11 +132,12 @@ class RaftEngine:
         hidden_size: int = block.hidden_state_size  # type: ignore[assignment]
         hidden, inputs = context.split([hidden_size, context.shape[1] - hidden_size], dim=1)
         hidden, inputs = torch.tanh(hidden), F.relu(inputs)
+        iterate = self.recurrence.start(inputs) if self.recurrence is not None else partial(_plainly, block, inputs)
         origin = _cell_grid(context)
         target = origin
         for _ in range(self.iterations):
             window, flow = volumes.look_up(target), target - origin
-            hidden, delta = block(hidden, inputs, window.to(hidden.dtype), flow.to(hidden.dtype))
+            hidden, delta = iterate(hidden, window.to(hidden.dtype), flow.to(hidden.dtype))
             target = target + delta.float()
         return self._upsample(target - origin, hidden)
 
@@ -220,6 +227,10 @@ class _BfloatVolumes:
         window = torch.lerp(window[..., :-1, :], window[..., 1:, :], fraction[:, :, 0])
         window = torch.lerp(window[..., :-1], window[..., 1:], fraction[:, :, 1])
         return window.reshape(b, h, w, -1).permute(0, 3, 1, 2)
+
+
+def _plainly(block: nn.Module, inputs: Tensor, hidden: Tensor, window: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
+    return block(hidden, inputs, window, flow)
 
 
 def _cell_grid(like: Float[Tensor, "b z hz wz"]) -> Float[Tensor, "b 2 hz wz"]:

@@ -1,9 +1,11 @@
-"""The command line: ``clevrcast profile | params | results | deps``. Stages themselves run through ``dvc repro``."""
+"""The command line. Stages themselves run through ``dvc repro``; these commands look at them and look after them."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,10 +13,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from pipeline import profiles
+from pipeline import profiles, upkeep
+from pipeline.adoption import SAMPLE
 from pipeline.dag import stale_deps, write_deps
 from pipeline.errors import PipelineError, WorkspaceError
+from pipeline.executors import PART, part_of
 from pipeline.params import reference
+
+WORK = Path(".work")
 
 COLUMNS = (
     ("skill", "skill", 3),
@@ -27,9 +33,19 @@ COLUMNS = (
 )
 
 
+PROGRAMS = {
+    "verify": "compare every stored byte with its digest; --repair rebuilds what is damaged",
+    "teachers": "accuracy and speed of every flow teacher at hand against truth",
+}
+"""Commands that know data and models, which this layer does not: programs of `stages` of the same name."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code (0 good, 1 something is off, 2 and above: see `pipeline.errors`)."""
-    arguments = parser().parse_args(argv)
+    arguments, rest = parser().parse_known_args(argv)
+    arguments.rest = rest
+    if rest and arguments.run is not _program:
+        parser().error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return arguments.run(arguments)
     except PipelineError as error:
@@ -47,6 +63,28 @@ def parser() -> argparse.ArgumentParser:
     results.set_defaults(run=_results)
     params = commands.add_parser("params", help="list every key of params.yaml with its type, default and meaning")
     params.set_defaults(run=_params)
+    inspect = commands.add_parser("inspect", help="what a stage has done so far, also while it runs (no STAGE: all)")
+    inspect.add_argument("stage", nargs="?", help="for example flow or encode@frame")
+    inspect.add_argument("--json", action="store_true", help="for programs")
+    inspect.set_defaults(run=_inspect)
+    retry = commands.add_parser("retry-failed", help="try the quarantined items of a stage again, and only these")
+    retry.add_argument("stage")
+    retry.set_defaults(run=_retry)
+    adopt = commands.add_parser("adopt", help="after an edit that changes no result: prove it, keep finished work")
+    adopt.add_argument("stage")
+    adopt.add_argument("--sample", type=int, default=2, help="units to build again and compare (default 2)")
+    adopt.set_defaults(run=_adopt)
+    part = commands.add_parser("part", help="build the I-th of N parts of a stage, as one task of a job array does")
+    part.add_argument("stage")
+    part.add_argument("part", metavar="I/N")
+    part.set_defaults(run=_part)
+    clean = commands.add_parser("clean", help="remove unfinished and outdated work from .work")
+    clean.add_argument("--all", action="store_true", help="also what the present artifacts were built from")
+    clean.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    clean.set_defaults(run=_clean)
+    for name, text in PROGRAMS.items():
+        program = commands.add_parser(name, help=text, add_help=False)
+        program.set_defaults(run=_program, program=name)
     deps = commands.add_parser("deps", help="compare the code files in dvc.yaml with what the stages import")
     deps.add_argument("--write", action="store_true", help="bring dvc.yaml up to date")
     deps.set_defaults(run=_deps)
@@ -98,6 +136,70 @@ def _results(_: argparse.Namespace) -> int:
         console.print("teacher against truth: " + ", ".join(f"{k} {v:.3f}" for k, v in teacher.items()))
     console.print(f"report: {(_root() / 'artifacts/report/index.html').as_uri()}", soft_wrap=True)
     return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from pipeline import inspection  # zarr takes a second to load
+
+    _root()
+    if arguments.stage is None:
+        Console().print(inspection.as_overview(WORK))
+        return 0
+    stage = inspection.view(WORK, arguments.stage)
+    if arguments.json:
+        print(inspection.as_json(stage))
+    else:
+        Console().print(inspection.as_table(stage))
+    return 0
+
+
+def _retry(arguments: argparse.Namespace) -> int:
+    _root()
+    items = upkeep.ask_again(WORK, arguments.stage)
+    if not items:
+        print(f"{arguments.stage} has nothing in quarantine")
+        return 0
+    for item in items:
+        print(f"{item.id}: {item.reason}")
+    print(f"trying {len(items)} items again")
+    return _call("dvc", "--wait-for-lock", "repro", "--single-item", "--force", arguments.stage)
+
+
+def _adopt(arguments: argparse.Namespace) -> int:
+    _root()
+    return _stage(arguments.stage, {SAMPLE: str(max(1, arguments.sample))})
+
+
+def _part(arguments: argparse.Namespace) -> int:
+    _root()
+    part_of([], arguments.part)
+    return _stage(arguments.stage, {PART: arguments.part})
+
+
+def _clean(arguments: argparse.Namespace) -> int:
+    _root()
+    removed = upkeep.clean(WORK, everything=arguments.all, dry_run=arguments.dry_run)
+    for item in removed:
+        print(f"{item.folder} ({item.why}): {item.bytes / 1e6:.1f} MB")
+    verb = "would free" if arguments.dry_run else "freed"
+    print(f"{len(removed)} folders, {verb} {sum(item.bytes for item in removed) / 1e6:.1f} MB at once; what DVC's")
+    print("cache also holds is freed by `dvc gc -w`")
+    return 0
+
+
+def _program(arguments: argparse.Namespace) -> int:
+    _root()
+    return _call(f"stages.{arguments.program}", *arguments.rest)
+
+
+def _stage(title: str, environment: dict[str, str]) -> int:
+    name, _, key = title.partition("@")
+    return _call(f"stages.{name}", *([key] if key else []), environment=environment)
+
+
+def _call(module: str, *arguments: str, environment: dict[str, str] | None = None) -> int:
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.run(command, env={**os.environ, **(environment or {})}, check=False).returncode
 
 
 def _deps(arguments: argparse.Namespace) -> int:

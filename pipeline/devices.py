@@ -1,4 +1,4 @@
-"""Facts of this machine that change no result: which device computes, and where PyTorch may look for weights."""
+"""Facts of this machine that change no result: which devices compute."""
 
 from __future__ import annotations
 
@@ -6,23 +6,31 @@ import os
 
 from pipeline.errors import PipelineError
 
+DEVICE = "CLEVRCAST_DEVICE"
+
 
 def device() -> str:
-    """``CLEVRCAST_DEVICE`` (``cpu``, ``cuda``, ``cuda:1``), else CUDA where there is any, else the CPU.
+    """The first of `devices`."""
+    return devices()[0]
+
+
+def devices() -> list[str]:
+    """``CLEVRCAST_DEVICE`` alone (``cpu``, ``cuda``, ``cuda:1``), else every CUDA device, else the CPU.
 
     Raises:
         PipelineError: a CUDA device is asked for and PyTorch sees none of that number.
     """
     import torch  # imported late: the command line answers without waiting for it
 
-    asked = os.environ.get("CLEVRCAST_DEVICE", "")
+    asked = os.environ.get(DEVICE, "")
+    count = torch.cuda.device_count()
     if not asked:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return [f"cuda:{index}" for index in range(count)] or ["cpu"]
     if asked.startswith("cuda"):
         index = int(asked.partition(":")[2] or 0)
-        if index >= torch.cuda.device_count():
+        if index >= count:
             raise PipelineError(
-                f"CLEVRCAST_DEVICE={asked}, but PyTorch sees {torch.cuda.device_count()} CUDA devices",
-                remedy="unset CLEVRCAST_DEVICE, or mend the driver until `nvidia-smi` lists the device",
+                f"{DEVICE}={asked}, but PyTorch sees {count} CUDA devices",
+                remedy=f"unset {DEVICE}, or mend the driver until `nvidia-smi` lists the device",
             )
-    return asked
+    return [asked]

@@ -7,22 +7,26 @@ expected errors into one clear message and exit code, and keeps a record of seco
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.adoption import adopt, adoptable, adoption_sample
 from pipeline.code import closure, code_digest
-from pipeline.devices import device
+from pipeline.devices import devices
 from pipeline.errors import PipelineError, WorkspaceError
-from pipeline.executors import helpers, is_helper, single_thread, worker_count
+from pipeline.executors import Call, crew_for, helped_fingerprint, is_part, part_of, single_thread
+from pipeline.journal import BadItem, Built, Plan, Unit, digest_of, find, finished_sizes, lease
 from pipeline.params import Params, load_params
-from pipeline.shards import Built, Make, Unit, build_free_units, build_units, digest_of
+from pipeline.shards import Make, build_free_units, build_units
 
 ARTIFACTS = Path("artifacts")
 WORK = Path(".work")
@@ -39,16 +43,23 @@ class Job:
     key: str
     params: Params
     root: Path
-    device: str
+    devices: tuple[str, ...]
+    """What this process and its workers compute on; the first is this process's own."""
     built: list[Built] = field(default_factory=list)
     made: int = 0
     """Units that were not there when this run began."""
     facts: dict[str, Any] = field(default_factory=dict)
     """What this run measured of itself (speed): kept in ``.work/runs``, never in an output."""
+    _made_of: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _held: ExitStack = field(default_factory=ExitStack)
 
     @property
     def title(self) -> str:
         return f"{self.name}@{self.key}" if self.key else self.name
+
+    @property
+    def device(self) -> str:
+        return self.devices[0]
 
     @property
     def out(self) -> Path:
@@ -62,43 +73,96 @@ class Job:
         """
         files = {f for entry in (f"stages/{self.name}.py", *modules) for f in closure(self.root, entry)}
         plain = json.loads(json.dumps(params, default=lambda section: section.model_dump(mode="json")))
-        return digest_of({"params": plain, "code": code_digest(self.root, files), "weights": weights})
+        made_of = {"params": plain, "code": code_digest(self.root, files), "weights": weights}
+        fingerprint = digest_of(made_of)
+        self._made_of[fingerprint] = made_of
+        return fingerprint
 
-    def build(self, fingerprint: str, units: Sequence[Unit], make: Make, *, counted: str = "videos") -> list[Built]:
+    def finished(self, fingerprint: str) -> list[tuple[int, int]]:
+        """(items, bytes) of every unit that is finished under this fingerprint: what sizes are estimated from."""
+        return finished_sizes(WORK / self.title / fingerprint)
+
+    def build(
+        self, fingerprint: str, units: Sequence[Unit], make: Make, *, counted: str = "videos", computes: bool = True
+    ) -> list[Built]:
         """Build the units under ``.work/<stage>/<fingerprint>``, see `pipeline.shards.build_units`.
+
+        ``computes``: whether units are made on the device; else the work is the CPU's, and so is the number of
+        workers, on a machine with GPUs too.
 
         Raises:
             PipelineError: more items were quarantined than ``shards.max_bad_fraction`` allows.
+            BusyError: another process is running this stage here.
         """
         folder = WORK / self.title / fingerprint
         _check_same_disk()
         if len(units) > 1:
             single_thread()
-        if is_helper():
-            build_free_units(folder, units, make)
-            raise SystemExit(0)
-        missing = sum(not (folder / unit.key()).exists() for unit in units)
-        self.made += missing
-        count = worker_count(self.device, missing) - 1
-        with helpers(count, self.name, self.key, WORK / self.title / "helpers.log") as started:
-
-            def wait() -> None:
-                for process in started:
-                    process.wait()
-
-            built = build_units(folder, units, make, what=self.title, counted=counted, wait_for_others=wait)
+        if helped := helped_fingerprint():
+            if helped != fingerprint:
+                raise WorkspaceError(
+                    f"{self.title}: a worker finds parameters or code other than those of the run that started it",
+                    remedy="leave params.yaml and the code alone while a stage runs; run the same command again",
+                )
+            raise Finished(build_free_units(folder, part_of(units), make))
+        plan = Plan(self.title, counted, self._made_of[fingerprint], tuple(units), time.time())
+        if sample := adoption_sample():
+            raise Finished(0, adopt(folder, plan, make, sample))
+        if is_part():
+            plan.save(folder)
+            mine = part_of(units)
+            self._run_crew(folder, fingerprint, mine, make, counted, computes)
+            raise Finished(self.made, f"{self.title}: {len(mine)} of {len(units)} units are this part, all finished")
+        self._held.enter_context(lease(WORK / self.title / "stage.lock", f"the stage {self.title}"))
+        plan.save(folder)
+        built = self._run_crew(folder, fingerprint, units, make, counted, computes)
         self.built += built
-        bad = [item for b in built for item in b.bad]
-        total = sum(len(unit.ids) for unit in units)
-        limit = self.params.shards.max_bad_fraction
-        if bad and len(bad) > limit * total:
-            listed = "\n".join(f"    {item.id}: {item.reason}" for item in bad[:10])
-            raise PipelineError(
-                f"{self.title}: {len(bad)} of {total} items are bad, shards.max_bad_fraction {limit} "
-                f"allows {int(limit * total)}:\n{listed}",
-                remedy="mend or leave out these items, or raise shards.max_bad_fraction if the loss is acceptable",
-            )
+        self.check_bad([item for b in built for item in b.bad], sum(len(unit.ids) for unit in units))
         return built
+
+    def check_bad(self, bad: Sequence[BadItem], total: int) -> None:
+        """Raise PipelineError where more of ``total`` items are bad than ``shards.max_bad_fraction`` allows."""
+        limit = self.params.shards.max_bad_fraction
+        if not bad or len(bad) <= limit * total:
+            return
+        listed = "\n".join(f"    {item.id}: {item.reason}" for item in bad[:10])
+        more = f"\n    and {len(bad) - 10} more: `clevrcast inspect {self.title}`" if len(bad) > 10 else ""
+        raise PipelineError(
+            f"{self.title}: {len(bad)} of {total} items are bad, shards.max_bad_fraction {limit} "
+            f"allows {int(limit * total)}:\n{listed}{more}",
+            remedy="mend or leave out these items, or raise shards.max_bad_fraction if the loss is acceptable; "
+            f"`clevrcast retry-failed {self.title}` tries them again",
+        )
+
+    def _run_crew(
+        self, folder: Path, fingerprint: str, units: Sequence[Unit], make: Make, counted: str, computes: bool
+    ) -> list[Built]:
+        missing = sum(find(folder, unit) is None for unit in units)
+        self.made += missing
+        if missing and (hint := adoptable(folder, self._made_of[fingerprint])):
+            print(hint)
+        on = self.devices if computes else ("cpu",)
+        call = Call(self.name, self.key, self.root, fingerprint, on, WORK / self.title / "workers.log")
+        with crew_for(call, missing) as crew:
+            return build_units(folder, units, make, what=self.title, counted=counted, crew=crew)
+
+
+class Finished(Exception):  # noqa: N818 - not an error: the stage ends here, without publishing anything
+    """Raised by `Job.build` in a process that only builds units: a worker, a part."""
+
+    def __init__(self, made: int, message: str = "") -> None:
+        super().__init__(message)
+        self.made = made
+
+
+def run_helper(name: str, key: str) -> int:
+    """Run a stage as a worker of another process, in this process; returns how many units it built."""
+    job = Job(name, key, load_params(Path("params.yaml")), Path.cwd(), tuple(devices()))
+    try:
+        importlib.import_module(f"stages.{name}").run(job)
+    except Finished as finished:
+        return finished.made
+    raise AssertionError(f"stages.{name}.run ended without building anything")
 
 
 def run_stage(name: str, run: Callable[[Job], None], *, keyed: bool = False) -> None:
@@ -114,8 +178,13 @@ def run_stage(name: str, run: Callable[[Job], None], *, keyed: bool = False) -> 
             )
         if not Path("dvc.yaml").exists():
             raise WorkspaceError(f"no dvc.yaml in {Path.cwd()}", remedy="run at the top of a clevrcast checkout")
-        job = Job(name, arguments[0] if keyed else "", load_params(Path("params.yaml")), Path.cwd(), device())
+        key = arguments[0] if keyed else ""
+        job = Job(name, key, load_params(Path("params.yaml")), Path.cwd(), tuple(devices()))
         run(job)
+    except Finished as finished:
+        if str(finished):
+            print(finished)
+        raise SystemExit(0) from None
     except KeyboardInterrupt:
         print(f"{name}: stopped by Ctrl-C; finished units are kept", file=sys.stderr)
         raise SystemExit(130) from None

@@ -24,10 +24,12 @@ from data.clevrer import (
     write_annotation,
 )
 from data.errors import SourceError
+from data.manifest import file_digest
 from data.picture import write_video
-from data.store import bucket_ids, file_digest
+from data.store import bucket_ids
+from pipeline.journal import BadItem, Built, Unit
 from pipeline.progress import Tick
-from pipeline.shards import BadItem, Built, Unit, link_tree
+from pipeline.shards import link_tree
 from pipeline.stage import Job, run_stage
 
 VIDEO_QUALITY = 18
@@ -140,15 +142,15 @@ def _finish(job: Job, built: list[Built], splits: dict[int, str], fingerprint: s
         link_tree(unit.folder, job.out)
         for video in unit.unit.ids:
             name, note = (str(place(official_split(video), video)) for place in (video_path, annotation_path))
-            has_note = (unit.folder / note).exists()
+            has_note = note in unit.files
             videos.append(
                 Video(
                     id=video,
                     split=splits[video],
                     video=name,
-                    video_sha256=file_digest(unit.folder / name),
+                    video_sha256=unit.files[name],
                     annotation=note if has_note else None,
-                    annotation_sha256=file_digest(unit.folder / note) if has_note else None,
+                    annotation_sha256=unit.files[note] if has_note else None,
                 )
             )
     quarantine = tuple({"id": b.id, "reason": b.reason, "digest": b.digest} for b in absent)

@@ -12,15 +12,16 @@ import torch
 from data.catalog import Catalog
 from data.clevrer import FPS
 from data.clips import ClipSource, Context
+from data.manifest import write_json
 from data.resize import resize_field, resize_flow
-from data.store import Store, write_json
+from data.store import Store
 from models.autoencoder import load_vae
 from models.checkpoint import digest, load_predictor
 from models.evaluation import Window, evaluate
 from models.predictor import find
 from models.results import write_results
+from pipeline.journal import BadItem, Unit
 from pipeline.progress import Tick
-from pipeline.shards import BadItem, Unit
 from pipeline.stage import ARTIFACTS, Job, run_stage
 from stages.folder import build_folder
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 
-from data.store import FORMAT, MANIFEST, file_digest, write_json
-from pipeline.shards import Make, Unit, link_tree
+from data.manifest import file_entry, write_manifest
+from pipeline.journal import Unit
+from pipeline.shards import Make, link_tree
 from pipeline.stage import Job
 
 
@@ -20,5 +21,5 @@ def build_folder(
     if job.out.exists():
         shutil.rmtree(job.out)
     link_tree(built.folder, job.out, without=private)
-    files = {str(f.relative_to(job.out)): file_digest(f) for f in sorted(job.out.rglob("*")) if f.is_file()}
-    write_json(job.out / MANIFEST, {"format": FORMAT, "stage": job.title, "fingerprint": fingerprint, "files": files})
+    files = {name: file_entry(job.out / name, sha256) for name, sha256 in built.files.items() if name not in private}
+    write_manifest(job.out, {"stage": job.title, "fingerprint": fingerprint, "files": files})

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from data.chart import Chart, Curve
+from data.manifest import read_manifest, write_json
 from data.page import Clip, Interval, PageContent, Provenance, Quarantined, Row, Tile, Timing, build_page
-from data.store import read_manifest, write_json
 from models.autoencoder import FrameVAE, load_vae
 from models.evaluation import Evaluation, evaluate_reconstruction
 from models.metrics import METRICS, Estimate, Score, paired_difference, score

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from data.errors import AnnotationError, VideoError
-from data.store import ArraySpec, ShardPlace, assemble, bucket_ids, write_shard
+from data.store import ArraySpec, ShardPlace, assemble, bucket_ids, read_shard, write_shard
+from pipeline.journal import BadItem, Unit
 from pipeline.progress import Tick
-from pipeline.shards import BadItem, Unit
+from pipeline.shards import previous_attempt
 from pipeline.stage import Job
 
 Compute = Callable[[int], Mapping[str, np.ndarray]]
@@ -41,7 +42,14 @@ def build_store(
     def make(unit: Unit, folder: Path, tick: Tick) -> list[BadItem]:
         good: dict[int, Mapping[str, np.ndarray]] = {}
         bad = []
+        previous = previous_attempt(unit, folder)  # of a retry: only what was bad is computed again
+        if previous is not None:
+            kept = tuple(i for i in unit.ids if i in previous.good)
+            good |= read_shard(previous.folder, specs, kept, per_shard)
+            tick(len(kept), "kept")
         for video in unit.ids:
+            if video in good:
+                continue
             try:
                 good[video] = compute(video)
             except (VideoError, AnnotationError) as error:
@@ -52,7 +60,7 @@ def build_store(
 
     built = job.build(fingerprint, units, make)
     quarantine = [{"id": b.id, "reason": b.reason, "digest": b.digest} for unit in built for b in unit.bad]
-    places = [ShardPlace(b.unit.bucket, b.folder, b.good, b.unit.key()) for b in built if b.good]
+    places = [ShardPlace(b.unit.bucket, b.folder, b.good, b.unit.key(), b.files) for b in built if b.good]
     manifest = {
         "stage": job.title,
         "fingerprint": fingerprint,

@@ -8,14 +8,15 @@ import torch
 
 from data.catalog import Catalog
 from data.clips import ClipSource
-from data.store import Store, write_json
+from data.manifest import write_json
+from data.store import Store
 from models.autoencoder import load_vae
 from models.checkpoint import digest, save_checkpoint
 from models.predictor import Predictor, build, find
 from models.training import TrainingOptions, train
+from pipeline.journal import BadItem, Unit
 from pipeline.params import check_options
 from pipeline.progress import Tick
-from pipeline.shards import BadItem, Unit
 from pipeline.stage import ARTIFACTS, Job, run_stage
 from stages.folder import build_folder
 

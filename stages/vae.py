@@ -11,12 +11,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from data.catalog import Catalog
-from data.store import Store, write_json
+from data.manifest import write_json
+from data.store import Store
 from models.autoencoder import FrameVAE
 from models.vae_training import VaeOptions, train_vae
+from pipeline.journal import BadItem, Unit
 from pipeline.params import check_options
 from pipeline.progress import Tick
-from pipeline.shards import BadItem, Unit
 from pipeline.stage import ARTIFACTS, Job, run_stage
 from stages.folder import build_folder
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -14,86 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from ruamel.yaml import YAML
+
+from tests.workspace import Workspace
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-COPIED = ("data", "models", "stages", "pipeline", "profiles", "dvc.yaml", "params.yaml", ".gitignore", ".dvcignore")
-
-
-class Workspace:
-    """A checkout of its own, with the commands a user would type."""
-
-    def __init__(self, root: Path, folder: Path) -> None:
-        self.folder = folder
-        for name in COPIED:
-            copy = shutil.copytree if (root / name).is_dir() else shutil.copy
-            copy(root / name, folder / name)
-        (folder / ".dvc").mkdir()
-        shutil.copy(root / ".dvc/config", folder / ".dvc/config")
-        self.environment = {
-            **os.environ,
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "GIT_AUTHOR_NAME": "t",
-            "GIT_AUTHOR_EMAIL": "t@example.org",
-            "GIT_COMMITTER_NAME": "t",
-            "GIT_COMMITTER_EMAIL": "t@example.org",
-        }
-        self.run("git", "init", "-q")
-        self.module("pipeline.cli", "profile", "tiny")
-        self.commit("start")
-
-    def run(self, *command: str, ok: bool = True, **environment: str) -> str:
-        done = subprocess.run(
-            command,
-            cwd=self.folder,
-            env={**self.environment, **environment},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            check=False,
-        )
-        assert (done.returncode == 0) is ok, f"{command}: exit {done.returncode}\n{done.stdout}"
-        return done.stdout
-
-    def module(self, *arguments: str, ok: bool = True, **environment: str) -> str:
-        return self.run(sys.executable, "-m", *arguments, ok=ok, **environment)
-
-    def dvc(self, *arguments: str, ok: bool = True) -> str:
-        return self.module("dvc", *arguments, ok=ok)
-
-    def repro(self, *arguments: str) -> list[str]:
-        """Titles of the stages that `dvc repro` ran."""
-        lines = self.dvc("repro", *arguments).splitlines()
-        return [line.split("'")[1] for line in lines if line.startswith("Running stage")]
-
-    def commit(self, message: str) -> None:
-        self.run("git", "add", "-A")
-        self.run("git", "commit", "-q", "-m", message)
-
-    def set(self, path: str, value: object) -> None:
-        yaml = YAML()
-        document = yaml.load(self.folder / "params.yaml")
-        node = document
-        *parents, last = path.split(".")
-        for part in parents:
-            node = node[part]
-        node[last] = value
-        yaml.dump(document, self.folder / "params.yaml")
-
-    def edit(self, file: str, old: str, new: str) -> None:
-        path = self.folder / file
-        text = path.read_text()
-        assert old in text
-        path.write_text(text.replace(old, new, 1))
-
-    def digests(self, stage: str) -> dict[str, str]:
-        """sha256 of every file of a stage's output."""
-        out = self.folder / "artifacts" / stage
-        files = sorted(f for f in out.rglob("*") if f.is_file())
-        return {str(f.relative_to(out)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
-
-    def last_run(self, title: str) -> dict[str, float]:
-        return json.loads((self.folder / f".work/runs/{title}.json").read_text())
 
 
 @pytest.fixture(scope="module")

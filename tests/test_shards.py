@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import BusyError, DiskFullError
+from pipeline.journal import BadItem, Unit, digest_of
 from pipeline.progress import Tick
-from pipeline.shards import BadItem, Unit, build_units, digest_of, link_tree
+from pipeline.shards import build_units, link_tree
 
 UNITS = [Unit((2 * k, 2 * k + 1), (f"input {k}",), f"videos {2 * k}-{2 * k + 1}") for k in range(4)]
 
@@ -70,7 +71,8 @@ def test_kill_9_in_the_middle_of_a_unit_costs_that_unit(tmp_path: Path, root: Pa
         import os, signal, sys
         from pathlib import Path
         sys.path.insert(0, {str(root)!r})
-        from pipeline.shards import Unit, build_units
+        from pipeline.journal import Unit
+        from pipeline.shards import build_units
         from tests.test_shards import UNITS, write
 
         def make(unit, folder, tick):

@@ -10,15 +10,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 from ruamel.yaml import YAML
 
-from data.clevrer import FRAMES, annotation_path, video_path, write_annotation
-from data.physics import simulate
-from data.picture import write_video
+from data.clevrer import annotation_path, video_path
 from pipeline import profiles
 from pipeline.params import read_yaml
+from tests.workspace import write_source
 
 VIDEOS = (0, 1, 2, 15000)
 
@@ -26,16 +24,7 @@ VIDEOS = (0, 1, 2, 15000)
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in CLEVRER's layout whose pictures are noise: quick to make, and enough for every data stage."""
-    folder = tmp_path_factory.mktemp("source")
-    rng = np.random.default_rng(0)
-    for video in VIDEOS:
-        split = "train" if video < 10000 else "test"
-        frames = np.repeat(rng.integers(0, 255, (1, 64, 96, 3), dtype=np.uint8), FRAMES, axis=0)
-        write_video(folder / video_path(split, video), frames, 25)
-        write_annotation(
-            simulate(np.random.default_rng(video), scene_index=video), folder / annotation_path(split, video)
-        )
-    return folder
+    return write_source(tmp_path_factory.mktemp("source"), VIDEOS)
 
 
 @pytest.fixture

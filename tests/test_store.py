@@ -13,13 +13,13 @@ import xarray
 import zarr
 
 from data.errors import StoreError
+from data.manifest import file_digest
 from data.store import (
     ArraySpec,
     ShardPlace,
     Store,
     assemble,
     bucket_ids,
-    file_digest,
     pack_flow,
     read_shard,
     write_shard,

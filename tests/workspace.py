@@ -1,0 +1,122 @@
+"""A checkout of its own with the commands a user would type, and small raw data sets, for tests of whole stages."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from ruamel.yaml import YAML
+
+from data.clevrer import FRAMES, annotation_path, official_split, video_path, write_annotation
+from data.physics import simulate
+from data.picture import write_video
+
+COPIED = ("data", "models", "stages", "pipeline", "profiles", "dvc.yaml", "params.yaml", ".gitignore", ".dvcignore")
+
+
+class Workspace:
+    """A checkout of its own, with the commands a user would type."""
+
+    def __init__(self, root: Path, folder: Path) -> None:
+        self.root, self.folder = root, folder
+        for name in COPIED:
+            copy = shutil.copytree if (root / name).is_dir() else shutil.copy
+            copy(root / name, folder / name)
+        (folder / ".dvc").mkdir()
+        shutil.copy(root / ".dvc/config", folder / ".dvc/config")
+        self.environment = {
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "GIT_AUTHOR_NAME": "t",
+            "GIT_AUTHOR_EMAIL": "t@example.org",
+            "GIT_COMMITTER_NAME": "t",
+            "GIT_COMMITTER_EMAIL": "t@example.org",
+        }
+        self.run("git", "init", "-q")
+        self.module("pipeline.cli", "profile", "tiny")
+        self.commit("start")
+
+    def run(self, *command: str, ok: bool = True, **environment: str) -> str:
+        done = subprocess.run(
+            command,
+            cwd=self.folder,
+            env={**self.environment, **environment},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+        assert (done.returncode == 0) is ok, f"{command}: exit {done.returncode}\n{done.stdout}"
+        return done.stdout
+
+    def module(self, *arguments: str, ok: bool = True, **environment: str) -> str:
+        return self.run(sys.executable, "-m", *arguments, ok=ok, **environment)
+
+    def dvc(self, *arguments: str, ok: bool = True) -> str:
+        return self.module("dvc", *arguments, ok=ok)
+
+    def repro(self, *arguments: str) -> list[str]:
+        """Titles of the stages that `dvc repro` ran."""
+        lines = self.dvc("repro", *arguments).splitlines()
+        return [line.split("'")[1] for line in lines if line.startswith("Running stage")]
+
+    def commit(self, message: str) -> None:
+        self.run("git", "add", "-A")
+        self.run("git", "commit", "-q", "-m", message)
+
+    def set(self, path: str, value: object) -> None:
+        yaml = YAML()
+        document = yaml.load(self.folder / "params.yaml")
+        node = document
+        *parents, last = path.split(".")
+        for part in parents:
+            node = node[part]
+        node[last] = value
+        yaml.dump(document, self.folder / "params.yaml")
+
+    def edit(self, file: str, old: str, new: str) -> None:
+        path = self.folder / file
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new, 1))
+
+    def digests(self, stage: str) -> dict[str, str]:
+        """sha256 of every file of a stage's output."""
+        out = self.folder / "artifacts" / stage
+        files = sorted(f for f in out.rglob("*") if f.is_file())
+        return {str(f.relative_to(out)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+    def last_run(self, title: str) -> dict[str, float]:
+        return json.loads((self.folder / f".work/runs/{title}.json").read_text())
+
+
+def write_source(folder: Path, ids: Iterable[int]) -> Path:
+    """A folder in CLEVRER's layout of small pictures of noise that drift: quick to make, enough for data stages."""
+    for video in ids:
+        rng = np.random.default_rng(video)
+        split = official_split(video)
+        picture = rng.integers(0, 255, (16, 24, 3), dtype=np.uint8).repeat(4, axis=0).repeat(4, axis=1)
+        frames = np.stack([np.roll(picture, t // 2, axis=1) for t in range(FRAMES)])
+        write_video(folder / video_path(split, video), frames, 25)
+        write_annotation(
+            simulate(np.random.default_rng(video), scene_index=video), folder / annotation_path(split, video)
+        )
+    return folder
+
+
+def local_workspace(root: Path, folder: Path, source: Path, videos: dict[str, str], per_shard: int) -> Workspace:
+    """A workspace of the tiny profile on a folder of raw videos."""
+    workspace = Workspace(root, folder)
+    workspace.set("acquire.source", "local")
+    workspace.set("acquire.root", str(source))
+    workspace.set("acquire.videos", videos)
+    workspace.set("shards.videos", per_shard)
+    workspace.commit("local source")
+    return workspace
