@@ -1,0 +1,108 @@
+"""What reads one file: the check that every file must pass, and two decoders that give the same bytes.
+
+Both decoders hide damage: libavcodec repairs what it cannot read from neighbouring pictures, decord repeats frames
+that do not exist. So `find_fault` decodes a file as a whole first, and refuses it unless each frame is intact and in
+its place. All three are called in the process of `data.video.VideoReader`, which can be killed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from types import MappingProxyType
+from typing import Final
+
+import numpy as np
+
+Decoder = Callable[[str, list[int], int, int, int], np.ndarray]
+"""(path, indices, height, width, expected frames) -> uint8 (t, height, width, 3); a function of a module, since the
+worker imports it by name."""
+
+
+def first_line(text: str) -> str:
+    """The first line of a library's message that is not blank, cut at 200 characters."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[0][:200] if lines else "no message"
+
+
+def find_fault(path: str, native: tuple[int, int], expected: int, fps: int) -> str | None:
+    """What keeps a file from being the video that it should be, or None. Decodes every frame."""
+    import av
+    from av.error import FFmpegError
+
+    count, first, damaged = 0, 0, []
+    try:
+        with av.open(path) as container:
+            if len(container.streams.video) != 1:
+                return f"it has {len(container.streams.video)} video streams, expected 1"
+            stream = container.streams.video[0]
+            stream.codec_context.thread_count = 1
+            promised = stream.frames or expected  # a container need not say
+            for t, frame in enumerate(container.decode(stream)):
+                if (frame.height, frame.width) != native:
+                    return (
+                        f"frame {t} is {frame.height}x{frame.width} (height x width), expected {native[0]}x{native[1]}"
+                    )
+                if frame.rotation:
+                    return f"frame {t} is to be shown turned by {frame.rotation} degrees, expected 0"
+                if frame.pts is None or frame.time_base is None:
+                    return f"frame {t} has no time, expected {t / fps:g} s"
+                first = frame.pts if t == 0 else first
+                # Within a tick of the container's clock, which need not be a multiple of the rate.
+                if abs((frame.pts - first) - t / (fps * frame.time_base)) >= 1:
+                    seconds = float((frame.pts - first) * frame.time_base)
+                    return f"frame {t} is shown at {seconds:g} s, expected {t / fps:g} s (constant {fps} frames/s)"
+                if frame.is_corrupt:
+                    damaged.append(t)
+                count += 1
+    except FFmpegError as error:
+        return f"it cannot be decoded beyond {count} frames, expected {expected} ({first_line(str(error))})"
+    if damaged:
+        return f"{len(damaged)} of {count} frames are damaged, the first is frame {damaged[0]}"
+    if count != expected or promised != expected:
+        return f"it holds {count} frames, expected {expected} (the container promises {promised})"
+    return None
+
+
+def read_decord(path: str, frames: list[int], height: int, width: int, expected: int) -> np.ndarray:
+    import decord
+
+    # The smallest share of frames made up from their neighbours is too much (0 would mean any number).
+    reader = decord.VideoReader(path, width=width, height=height, num_threads=1, fault_tol=1e-9)  # type: ignore[arg-type]
+    if len(reader) != expected:
+        raise ValueError(f"the video has {len(reader)} frames, expected {expected}")
+    # Contiguous reads: seeking between kept frames is slower and less safe than decoding all of them.
+    batch = reader.get_batch(list(range(max(frames) + 1))).asnumpy()
+    return np.ascontiguousarray(batch[frames])
+
+
+def read_pyav(path: str, frames: list[int], height: int, width: int, expected: int) -> np.ndarray:
+    """The same bytes as decord's: it scales with libavfilter's ``scale=flags=bilinear`` (measured, every pixel)."""
+    import av
+    import av.filter
+
+    wanted, kept, count = set(frames), {}, 0
+    with av.open(path) as container:
+        stream = container.streams.video[0]
+        graph = av.filter.Graph()
+        chain = [
+            graph.add_buffer(template=stream),
+            graph.add("scale", f"{width}:{height}:flags=bilinear"),
+            graph.add("format", "pix_fmts=rgb24"),
+            graph.add("buffersink"),
+        ]
+        for upper, lower in pairwise(chain):
+            upper.link_to(lower)
+        graph.configure()
+        for frame in container.decode(stream):
+            if count in wanted:
+                graph.push(frame)
+                kept[count] = graph.pull().to_ndarray()  # type: ignore[union-attr]  # a video graph yields video frames
+            count += 1
+    if count != expected:
+        raise ValueError(f"the video has {count} frames, expected {expected}")
+    return np.stack([kept[i] for i in frames])
+
+
+DECODERS: Final[Mapping[str, Decoder]] = MappingProxyType({"decord": read_decord, "pyav": read_pyav})
+"""In the order in which they are tried; both give the same bytes."""
