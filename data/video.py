@@ -47,7 +47,7 @@ class VideoReader:
         self._context = multiprocessing.get_context("spawn")
         self._worker: BaseProcess | None = None
         self._pipe: Connection | None = None
-        self._frames = _SharedFrames()
+        self._frames: _SharedFrames | None = None
 
     def __enter__(self) -> VideoReader:
         return self
@@ -72,8 +72,8 @@ class VideoReader:
         """RGB frames at the given indices, resized while decoding (bilinear with area support, as libswscale does).
 
         The file must hold exactly ``expected_frames`` intact frames of ``native`` (height, width), frame t at t / fps
-        seconds, and have the digest ``expected_sha256`` where one is given: without it some 8 % of single flipped
-        bits in a stream go unnoticed (docs/log.md).
+        seconds, and have the digest ``expected_sha256`` where one is given. Without it one in seventeen flipped bits
+        of a stream goes unnoticed (`data.decoders`).
 
         Raises:
             VideoError: naming the path, what was expected and what was found.
@@ -102,11 +102,13 @@ class VideoReader:
             self._worker.close()
         if self._pipe is not None:
             self._pipe.close()
-        self._worker = self._pipe = None
+        if self._frames is not None:
+            self._frames.close()
+        self._worker = self._pipe = self._frames = None
 
     def _ask(self, function: Callable[..., Any], *arguments: object) -> np.ndarray | str | None:
         """What ``function`` returned in the worker, or the reason why it returned nothing."""
-        worker, pipe = self._connect()
+        worker, pipe, shared = self._connect()
         try:
             pipe.send((function, arguments))
             if not pipe.poll(self.timeout):
@@ -118,18 +120,19 @@ class VideoReader:
             code = worker.exitcode
             self.close()
             return f"the decoder died (exit code {code})"
-        return self._frames.take(answer) if isinstance(answer, tuple) else answer
+        return shared.take(answer) if isinstance(answer, tuple) else answer
 
-    def _connect(self) -> tuple[BaseProcess, Connection]:
-        if self._worker is None or self._pipe is None or not self._worker.is_alive():
+    def _connect(self) -> tuple[BaseProcess, Connection, _SharedFrames]:
+        if self._worker is None or self._pipe is None or self._frames is None or not self._worker.is_alive():
             self.close()
+            self._frames = _SharedFrames()
             self._pipe, theirs = self._context.Pipe()
             arguments = (theirs, self._frames, os.getpid())
             self._worker = self._context.Process(target=_serve, args=arguments, daemon=True, name="decoder")
             self._worker.start()
             theirs.close()
             self._await_start(self._worker, self._pipe)
-        return self._worker, self._pipe
+        return self._worker, self._pipe, self._frames
 
     def _await_start(self, worker: BaseProcess, pipe: Connection) -> None:
         # Not a VideoError: a machine that cannot decode anything must not quarantine every video.
@@ -162,6 +165,9 @@ class _SharedFrames:
 
     def __setstate__(self, handle: Any) -> None:
         self._file = os.fdopen(handle.detach(), "r+b", buffering=0)
+
+    def close(self) -> None:
+        self._file.close()
 
     def put(self, array: UInt8[np.ndarray, "t h w 3"]) -> tuple[int, ...]:
         """Store an array; the shape is what `take` needs."""
