@@ -252,7 +252,7 @@ class Workspace:
 
     def decode(self) -> tuple[dict[int, np.ndarray], dict[int, tuple[str, str]]]:
         """Frames of the good videos; reason and digest of the bad."""
-        decode.run(Job("decode", "", self.params, self.root, "cpu"))
+        decode.run(Job("decode", "", self.params, self.root, ("cpu",)))
         store = Store(ARTIFACTS / "decode")
         bad = {q["id"]: (q["reason"], q["digest"]) for q in store.manifest["quarantine"]}
         return {i: store.read("frames", i) for i in store.ids}, bad

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from ruamel.yaml import YAML
 
-from data.clevrer import FRAMES, annotation_path, official_split, video_path, write_annotation
+from data.clevrer import FPS, FRAMES, HEIGHT, WIDTH, annotation_path, official_split, video_path, write_annotation
 from data.physics import simulate
 from data.picture import write_video
 
@@ -98,13 +98,14 @@ class Workspace:
 
 
 def write_source(folder: Path, ids: Iterable[int]) -> Path:
-    """A folder in CLEVRER's layout of small pictures of noise that drift: quick to make, enough for data stages."""
+    """A folder in CLEVRER's layout of coloured squares that drift: quick to make, enough for data stages."""
     for video in ids:
         rng = np.random.default_rng(video)
         split = official_split(video)
-        picture = rng.integers(0, 255, (16, 24, 3), dtype=np.uint8).repeat(4, axis=0).repeat(4, axis=1)
+        squares = rng.integers(0, 255, (HEIGHT // 20, WIDTH // 20, 3), dtype=np.uint8)
+        picture = squares.repeat(20, axis=0).repeat(20, axis=1)
         frames = np.stack([np.roll(picture, t // 2, axis=1) for t in range(FRAMES)])
-        write_video(folder / video_path(split, video), frames, 25)
+        write_video(folder / video_path(split, video), frames, FPS)
         write_annotation(
             simulate(np.random.default_rng(video), scene_index=video), folder / annotation_path(split, video)
         )
