@@ -20,6 +20,7 @@ from rich.table import Table
 
 from pipeline.errors import WorkspaceError
 from pipeline.journal import MARKER, Plan, find, finished_sizes, holder
+from pipeline.size_estimate import readable
 from pipeline.upkeep import newest, quarantined, titles
 
 
@@ -84,7 +85,7 @@ def view(work: Path, title: str) -> StageView:
     if done < total:
         per_item = 1 / rate if rate and builders else slow
         left = per_item * (total - done) if per_item else None
-    size = sum(bytes_ for _, bytes_ in finished_sizes(folder))
+    size = sum(bytes_ for _, bytes_ in finished_sizes(folder, plan.units))
     bad = [{"unit": unit.name, **asdict(item)} for unit, items in quarantined(folder).items() for item in items]
     first = next(iter(built.values()), None)
     return StageView(
@@ -153,8 +154,8 @@ def as_table(stage: StageView) -> Group:
     if stage.seconds_left is not None:
         who = "at this rate" if stage.builders else "for one worker; nobody is at work"
         facts.add_row("time left", f"{_span(stage.seconds_left)} {who}")
-    expected = f", about {_size(stage.bytes_expected)} when finished" if stage.bytes_expected else ""
-    facts.add_row("size", f"{_size(stage.bytes)}{expected}; {_size(stage.bytes_free)} free")
+    expected = f", about {readable(stage.bytes_expected)} when finished" if stage.bytes_expected else ""
+    facts.add_row("size", f"{readable(stage.bytes)}{expected}; {readable(stage.bytes_free)} free")
     facts.add_row("fingerprint", stage.fingerprint)
     parts: list[Table] = [facts]
     if stage.arrays:
@@ -184,7 +185,7 @@ def as_overview(work: Path) -> Table:
         stage = view(work, title)
         left = "-" if stage.seconds_left is None else f"{stage.seconds_left:.0f}"
         shards, items = f"{stage.finished_units}/{stage.units}", f"{stage.finished_items}/{stage.items} {stage.counted}"
-        table.add_row(title, stage.state, shards, items, str(len(stage.quarantine)), _size(stage.bytes), left)
+        table.add_row(title, stage.state, shards, items, str(len(stage.quarantine)), readable(stage.bytes), left)
     return table
 
 
@@ -193,11 +194,3 @@ def _span(seconds: float) -> str:
     if seconds >= 86400:
         return f"{seconds / 86400:.1f} days"
     return time.strftime("%H:%M:%S", started)
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"

@@ -26,7 +26,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -171,10 +171,11 @@ def write_record(place: Path, unit: Unit, bad: Sequence[BadItem], seconds: float
     return {name: entry.sha256 for name, entry in entries.items()}
 
 
-def finished_sizes(folder: Path) -> list[tuple[int, int]]:
-    """(items, bytes) of every unit that is finished in the folder of a fingerprint."""
-    records = [json.loads(marker.read_text()) for marker in sorted(folder.glob(f"*/{MARKER}"))]
-    return [(len(r["ids"]), sum(entry["bytes"] for entry in r["files"].values())) for r in records]
+def finished_sizes(folder: Path, units: Iterable[Unit]) -> list[tuple[int, int]]:
+    """(good items, bytes) of every one of these units that is finished in the folder of a fingerprint."""
+    markers = (folder / unit.key() / MARKER for unit in units)
+    records = [json.loads(marker.read_text()) for marker in markers if marker.exists()]
+    return [(len(r["ids"]) - len(r["bad"]), sum(e["bytes"] for e in r["files"].values())) for r in records]
 
 
 def unit_files(place: Path) -> Iterator[Path]:

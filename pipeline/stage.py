@@ -24,7 +24,7 @@ from pipeline.code import closure, code_digest
 from pipeline.devices import devices
 from pipeline.errors import PipelineError, WorkspaceError
 from pipeline.executors import Call, crew_for, helped_fingerprint, is_part, part_of, single_thread
-from pipeline.journal import BadItem, Built, Plan, Unit, digest_of, find, finished_sizes, lease
+from pipeline.journal import BadItem, Built, Plan, Unit, digest_of, find, lease
 from pipeline.params import Params, load_params
 from pipeline.shards import Make, build_free_units, build_units
 
@@ -66,6 +66,11 @@ class Job:
         """The stage's output folder below ``artifacts``."""
         return ARTIFACTS / self.name / self.key if self.key else ARTIFACTS / self.name
 
+    @property
+    def work(self) -> Path:
+        """The stage's folder below ``.work``."""
+        return WORK / self.title
+
     def fingerprint(self, params: Any, *, weights: str = "", modules: Iterable[str] = ()) -> str:
         """What a result depends on besides its inputs: parameters, code (without comments) and weights.
 
@@ -78,23 +83,27 @@ class Job:
         self._made_of[fingerprint] = made_of
         return fingerprint
 
-    def finished(self, fingerprint: str) -> list[tuple[int, int]]:
-        """(items, bytes) of every unit that is finished under this fingerprint: what sizes are estimated from."""
-        return finished_sizes(WORK / self.title / fingerprint)
-
     def build(
-        self, fingerprint: str, units: Sequence[Unit], make: Make, *, counted: str = "videos", computes: bool = True
+        self,
+        fingerprint: str,
+        units: Sequence[Unit],
+        make: Make,
+        *,
+        counted: str = "videos",
+        computes: bool = True,
+        before: Callable[[int], None] = lambda missing: None,
     ) -> list[Built]:
         """Build the units under ``.work/<stage>/<fingerprint>``, see `pipeline.shards.build_units`.
 
         ``computes``: whether units are made on the device; else the work is the CPU's, and so is the number of
-        workers, on a machine with GPUs too.
+        workers, on a machine with GPUs too. ``before`` is called with the number of missing units, if any are, before
+        the first is built.
 
         Raises:
             PipelineError: more items were quarantined than ``shards.max_bad_fraction`` allows.
             BusyError: another process is running this stage here.
         """
-        folder = WORK / self.title / fingerprint
+        folder = self.work / fingerprint
         _check_same_disk()
         if len(units) > 1:
             single_thread()
@@ -111,11 +120,11 @@ class Job:
         if is_part():
             plan.save(folder)
             mine = part_of(units)
-            self._run_crew(folder, fingerprint, mine, make, counted, computes)
+            self._run_crew(folder, fingerprint, mine, make, counted, computes, before)
             raise Finished(self.made, f"{self.title}: {len(mine)} of {len(units)} units are this part, all finished")
-        self._held.enter_context(lease(WORK / self.title / "stage.lock", f"the stage {self.title}"))
+        self._held.enter_context(lease(self.work / "stage.lock", f"the stage {self.title}"))
         plan.save(folder)
-        built = self._run_crew(folder, fingerprint, units, make, counted, computes)
+        built = self._run_crew(folder, fingerprint, units, make, counted, computes, before)
         self.built += built
         self.check_bad([item for b in built for item in b.bad], sum(len(unit.ids) for unit in units))
         return built
@@ -135,14 +144,23 @@ class Job:
         )
 
     def _run_crew(
-        self, folder: Path, fingerprint: str, units: Sequence[Unit], make: Make, counted: str, computes: bool
+        self,
+        folder: Path,
+        fingerprint: str,
+        units: Sequence[Unit],
+        make: Make,
+        counted: str,
+        computes: bool,
+        before: Callable[[int], None],
     ) -> list[Built]:
         missing = sum(find(folder, unit) is None for unit in units)
         self.made += missing
-        if missing and (hint := adoptable(folder, self._made_of[fingerprint])):
-            print(hint)
+        if missing:
+            before(missing)
+            if hint := adoptable(folder, self._made_of[fingerprint]):
+                print(hint, flush=True)
         on = self.devices if computes else ("cpu",)
-        call = Call(self.name, self.key, self.root, fingerprint, on, WORK / self.title / "workers.log")
+        call = Call(self.name, self.key, self.root, fingerprint, on, self.work / "workers.log")
         with crew_for(call, missing) as crew:
             return build_units(folder, units, make, what=self.title, counted=counted, crew=crew)
 

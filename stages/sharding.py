@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,10 @@ import numpy as np
 
 from data.errors import AnnotationError, VideoError
 from data.store import ArraySpec, ShardPlace, assemble, bucket_ids, read_shard, write_shard
-from pipeline.journal import BadItem, Unit
+from pipeline.journal import BadItem, Unit, finished_sizes
 from pipeline.progress import Tick
 from pipeline.shards import previous_attempt
+from pipeline.size_estimate import Motion, announce, estimate
 from pipeline.stage import Job
 
 Compute = Callable[[int], Mapping[str, np.ndarray]]
@@ -27,6 +28,7 @@ def build_store(
     fingerprint: str,
     params: Mapping[str, Any],
     facts: Mapping[str, Any] | None = None,
+    computes: bool = True,
 ) -> None:
     """Build the stage's store from ``compute(video) -> arrays`` for every video in ``inputs`` (id -> input digests).
 
@@ -40,25 +42,31 @@ def build_store(
     ]
 
     def make(unit: Unit, folder: Path, tick: Tick) -> list[BadItem]:
-        good: dict[int, Mapping[str, np.ndarray]] = {}
         bad = []
         previous = previous_attempt(unit, folder)  # of a retry: only what was bad is computed again
-        if previous is not None:
-            kept = tuple(i for i in unit.ids if i in previous.good)
-            good |= read_shard(previous.folder, specs, kept, per_shard)
-            tick(len(kept), "kept")
-        for video in unit.ids:
-            if video in good:
-                continue
-            try:
-                good[video] = compute(video)
-            except (VideoError, AnnotationError) as error:
-                bad.append(BadItem(video, f"{type(error).__name__}: {error.message}", inputs[video][0]))
-            tick(1, f"video {video}")
-        write_shard(folder, specs, good, per_shard)
+        keep = {i for i in unit.ids if i in previous.good} if previous is not None else set()
+
+        def good() -> Iterator[tuple[int, Mapping[str, np.ndarray]]]:
+            for video in unit.ids:
+                try:
+                    if previous is not None and video in keep:
+                        yield video, read_shard(previous.folder, specs, [video], per_shard)[video]
+                    else:
+                        yield video, compute(video)
+                except (VideoError, AnnotationError) as error:
+                    bad.append(BadItem(video, f"{type(error).__name__}: {error.message}", inputs[video][0]))
+                tick(1, f"video {video}")
+
+        write_shard(folder, specs, good(), per_shard)
         return bad
 
-    built = job.build(fingerprint, units, make)
+    def announce_size(missing: int) -> None:
+        finished = finished_sizes(job.work / fingerprint, units)
+        videos = sum(len(unit.ids) for unit in units)
+        size = estimate(specs, videos, finished, motion=motion_of(job))
+        announce(job.title, size, sum(stored for _, stored in finished), job.work)
+
+    built = job.build(fingerprint, units, make, before=announce_size, computes=computes)
     quarantine = [{"id": b.id, "reason": b.reason, "digest": b.digest} for unit in built for b in unit.bad]
     places = [ShardPlace(b.unit.bucket, b.folder, b.good, b.unit.key(), b.files) for b in built if b.good]
     manifest = {
@@ -69,3 +77,10 @@ def build_store(
         "quarantine": quarantine,
     }
     assemble(job.out, specs, places, per_shard, manifest=manifest)
+
+
+def motion_of(job: Job) -> Motion:
+    """Where the flow comes from that this stage stores, or makes its masks of."""
+    if job.name == "label" or job.params.flow.teacher == "scene":
+        return "true"
+    return "gated" if job.params.flow.gate.enabled else "ungated"
