@@ -48,6 +48,7 @@ __all__ = [
     "Collision",
     "Color",
     "FoundVideo",
+    "Kind",
     "Material",
     "ObjectProperty",
     "Shape",
@@ -57,10 +58,14 @@ __all__ = [
     "member_id",
     "official_split",
     "parse_ids",
+    "proposal_path",
     "read_annotation",
     "video_path",
     "write_annotation",
 ]
+
+
+Kind = Literal["video", "annotation", "proposal"]
 
 
 @dataclass(frozen=True)
@@ -90,22 +95,29 @@ def annotation_path(split: Split, video_id: int) -> PurePosixPath:
     return _layout("annotation", split, video_id, "json")
 
 
-def _layout(kind: str, split: Split, video_id: int, suffix: str) -> PurePosixPath:
+def proposal_path(split: Split, video_id: int) -> PurePosixPath:
+    """``proposals/train/proposal_00000-01000/proposal_00000.json``, relative to the data set's root."""
+    return _layout("proposal", split, video_id, "json")
+
+
+def _layout(kind: Kind, split: Split, video_id: int, suffix: str) -> PurePosixPath:
     first = video_id // 1000 * 1000
     folder = f"{kind}_{first:05d}-{first + 1000:05d}"
     return PurePosixPath(f"{kind}s", split, folder, f"{kind}_{video_id:05d}.{suffix}")
 
 
-_MEMBER: Final = re.compile(r"(?P<kind>video|annotation)_(?P<id>\d{5})\.(?P<suffix>mp4|json)")
-_SUFFIX: Final = {"video": "mp4", "annotation": "json"}
+# Released proposals go by two names.
+_MEMBER: Final[dict[Kind, re.Pattern[str]]] = {
+    "video": re.compile(r"video_([0-9]{5})\.mp4"),
+    "annotation": re.compile(r"annotation_([0-9]{5})\.json"),
+    "proposal": re.compile(r"(?:proposal|sim)_([0-9]{5})\.json"),
+}
 
 
-def member_id(name: str, kind: Literal["video", "annotation"]) -> int | None:
+def member_id(name: str, kind: Kind) -> int | None:
     """The id in a file or archive member's name (``.../video_00012.mp4`` -> 12); None if it is no such member."""
-    match = _MEMBER.fullmatch(PurePosixPath(name).name)
-    if match is None or match["kind"] != kind or match["suffix"] != _SUFFIX[kind]:
-        return None
-    return int(match["id"])
+    match = _MEMBER[kind].fullmatch(PurePosixPath(name).name)
+    return int(match[1]) if match else None
 
 
 def discover(root: Path | str) -> list[FoundVideo]:

@@ -10,7 +10,9 @@
     ├── WeightsError         weights are absent, of the wrong shape or of the wrong digest
     ├── NonFiniteError       a loss, prediction or metric is NaN or infinite
     ├── EmptyError           an evaluation, training set or split has nothing in it
-    └── TooManyBadError      more items were quarantined than ``max_bad_fraction`` allows
+    ├── DownloadError        a server cannot be reached, refuses, or does not send what it promised
+    └── ArchiveError         an archive is damaged, or holds what no honest archive holds
+        └── MemberError      the bytes of one member are damaged, the rest of the archive is not
 
 Each carries a ``remedy``: one sentence that says what to do next. ``str(error)`` shows both.
 """
@@ -66,5 +68,13 @@ class EmptyError(ClevrcastError):
     """An evaluation, training set or split has nothing in it."""
 
 
-class TooManyBadError(ClevrcastError):
-    """More items were quarantined than ``max_bad_fraction`` allows."""
+class DownloadError(ClevrcastError):
+    """A server cannot be reached, refuses, or does not send what it promised."""
+
+
+class ArchiveError(ClevrcastError):
+    """An archive is damaged, or holds what no honest archive holds."""
+
+
+class MemberError(ArchiveError):
+    """The bytes of one member are damaged, the rest of the archive is not."""

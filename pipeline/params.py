@@ -29,12 +29,16 @@ class Section(BaseModel):
 
 
 class Acquire(Section):
-    source: Literal["simulated", "local"]
-    """Where videos come from: Bullet and our ray caster, or a folder."""
+    source: Literal["simulated", "local", "clevrer"]
+    """Where videos come from: Bullet and our ray caster, a folder, or the official archives."""
     root: str | None = None
     """The folder in CLEVRER's layout, for `local`; relative to the checkout."""
+    url: Annotated[str, Field(pattern=r"^https?://[^\s?#]+$")] = "http://data.csail.mit.edu/clevrer"
+    """Where the archives are, for `clevrer`: the official address, or a mirror's."""
     videos: dict[Literal["train", "validation", "test"], str | int] | Literal["official"]
     """Split -> ids such as 0-8,10; a listed video that is missing is quarantined. `official`: CLEVRER's own splits."""
+    proposals: bool = False
+    """Whether to bring the published object proposals too, for `clevrer`; no stage reads them."""
     seed: int = 0
     """Of the simulation; every video has a generator of its own."""
 
@@ -47,6 +51,8 @@ class Acquire(Section):
                 "acquire.source is simulated and acquire.videos is official: list the ids to simulate, "
                 "for example {train: 0-39, test: 15000-15007}"
             )
+        if self.proposals and self.source != "clevrer":
+            raise ValueError(f"acquire.proposals is true and acquire.source is {self.source}: only clevrer has them")
         return self
 
 

@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,6 @@ class Job:
     facts: dict[str, Any] = field(default_factory=dict)
     """What this run measured of itself (speed): kept in ``.work/runs``, never in an output."""
     _made_of: dict[str, dict[str, Any]] = field(default_factory=dict)
-    _held: ExitStack = field(default_factory=ExitStack)
 
     @property
     def title(self) -> str:
@@ -91,17 +90,16 @@ class Job:
         *,
         counted: str = "videos",
         computes: bool = True,
-        before: Callable[[int], None] = lambda missing: None,
+        before: Callable[[Sequence[Unit]], None] = lambda missing: None,
     ) -> list[Built]:
         """Build the units under ``.work/<stage>/<fingerprint>``, see `pipeline.shards.build_units`.
 
         ``computes``: whether units are made on the device; else the work is the CPU's, and so is the number of
-        workers, on a machine with GPUs too. ``before`` is called with the number of missing units, if any are, before
-        the first is built.
+        workers, on a machine with GPUs too. ``before`` is called with the missing units, if there are any, before the
+        first is built and before any worker starts.
 
         Raises:
             PipelineError: more items were quarantined than ``shards.max_bad_fraction`` allows.
-            BusyError: another process is running this stage here.
         """
         folder = self.work / fingerprint
         _check_same_disk()
@@ -122,7 +120,6 @@ class Job:
             mine = part_of(units)
             self._run_crew(folder, fingerprint, mine, make, counted, computes, before)
             raise Finished(self.made, f"{self.title}: {len(mine)} of {len(units)} units are this part, all finished")
-        self._held.enter_context(lease(self.work / "stage.lock", f"the stage {self.title}"))
         plan.save(folder)
         built = self._run_crew(folder, fingerprint, units, make, counted, computes, before)
         self.built += built
@@ -151,17 +148,17 @@ class Job:
         make: Make,
         counted: str,
         computes: bool,
-        before: Callable[[int], None],
+        before: Callable[[Sequence[Unit]], None],
     ) -> list[Built]:
-        missing = sum(find(folder, unit) is None for unit in units)
-        self.made += missing
+        missing = [unit for unit in units if find(folder, unit) is None]
+        self.made += len(missing)
         if missing:
             before(missing)
             if hint := adoptable(folder, self._made_of[fingerprint]):
                 print(hint, flush=True)
         on = self.devices if computes else ("cpu",)
         call = Call(self.name, self.key, self.root, fingerprint, on, self.work / "workers.log")
-        with crew_for(call, missing) as crew:
+        with crew_for(call, len(missing)) as crew:
             return build_units(folder, units, make, what=self.title, counted=counted, crew=crew)
 
 
@@ -198,7 +195,8 @@ def run_stage(name: str, run: Callable[[Job], None], *, keyed: bool = False) -> 
             raise WorkspaceError(f"no dvc.yaml in {Path.cwd()}", remedy="run at the top of a clevrcast checkout")
         key = arguments[0] if keyed else ""
         job = Job(name, key, load_params(Path("params.yaml")), Path.cwd(), tuple(devices()))
-        run(job)
+        with _stage_lease(job):
+            run(job)
     except Finished as finished:
         if str(finished):
             print(finished)
@@ -212,6 +210,13 @@ def run_stage(name: str, run: Callable[[Job], None], *, keyed: bool = False) -> 
         print(f"\nerror in stage {' '.join([name, *arguments])}: {type(error).__name__}: {error}", file=sys.stderr)
         raise SystemExit(getattr(error, "exit_code", PipelineError.exit_code)) from None
     _record(job, time.monotonic() - started)
+
+
+def _stage_lease(job: Job) -> AbstractContextManager[None]:
+    """The only right to publish the stage. A process that only builds units needs none, theirs have their own."""
+    if helped_fingerprint() or is_part() or adoption_sample():
+        return nullcontext()
+    return lease(job.work / "stage.lock", f"the stage {job.title}")
 
 
 def _record(job: Job, seconds: float) -> None:

@@ -1,10 +1,13 @@
-"""acquire: videos and annotations in CLEVRER's own layout, simulated or taken from a local folder."""
+"""acquire: videos and annotations in CLEVRER's own layout: simulated, from a local folder or the official archives."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +17,7 @@ from data.clevrer import (
     FRAMES,
     HEIGHT,
     KNOWN_BAD,
+    SPLITS,
     WIDTH,
     FoundVideo,
     annotation_path,
@@ -29,46 +33,76 @@ from data.picture import write_video
 from data.store import bucket_ids
 from pipeline.journal import BadItem, Built, Unit
 from pipeline.progress import Tick
-from pipeline.shards import link_tree
+from pipeline.shards import Make, link_tree
 from pipeline.stage import Job, run_stage
+from stages.archives import Archives
 
 VIDEO_QUALITY = 18
 """x264's constant rate factor: CLEVRER's own files are of about this quality (0.3-0.5 MB for 128 frames)."""
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What a source can give, and how."""
+
+    params: Mapping[str, Any]
+    """Of the fingerprint."""
+    inputs: Mapping[int, tuple[str, ...]]
+    """Digests of what each video is made of."""
+    make: Make
+    absent: Sequence[BadItem] = ()
+    prepare: Callable[[Sequence[Unit]], None] = lambda units: None
+    """Told of the units that are not there yet, before any is made."""
+    without_proposal: Sequence[int] = ()
+
+
 def run(job: Job) -> None:
-    acquire = job.params.acquire
     wanted = _wanted(job)
+    with ExitStack() as stack:
+        origin = _origin(job, wanted, stack)
+        job.check_bad(origin.absent, len(wanted))
+        if not origin.inputs:
+            raise SourceError("not one of the videos in acquire.videos can be had", remedy="mend acquire.videos")
+        fingerprint = job.fingerprint(origin.params)
+        units = [
+            Unit(ids, tuple(d for i in ids for d in origin.inputs[i]), f"videos {ids[0]}-{ids[-1]}", bucket)
+            for bucket, ids in bucket_ids(origin.inputs, job.params.shards.videos).items()
+        ]
+        built = job.build(fingerprint, units, origin.make, before=origin.prepare)
+    bad = sorted([*origin.absent, *(item for b in built for item in b.bad)], key=lambda item: item.id)
+    job.check_bad(bad, len(wanted))
+    _publish(job, built, wanted, fingerprint, bad, origin.without_proposal)
+
+
+def _origin(job: Job, wanted: Mapping[int, str], stack: ExitStack) -> Origin:
+    acquire = job.params.acquire
     if acquire.source == "simulated":
-        fingerprint = job.fingerprint({"seed": acquire.seed})
-        inputs = dict.fromkeys(wanted, ())
         make = _simulate(acquire.seed, job.device)
-        absent: list[BadItem] = []
-    else:
-        found = {v.id: v for v in discover(_root(job))}
-        fingerprint = job.fingerprint({"source": "local"})
-        absent = [BadItem(i, _absence(i, found)) for i in wanted if i not in found or i in KNOWN_BAD]
-        here = {i: found[i] for i in wanted if i in found and i not in KNOWN_BAD}
-        inputs = {i: tuple(file_digest(f) for f in (v.video, v.annotation) if f) for i, v in here.items()}
-        make = _copy(here)
-    buckets = bucket_ids(inputs, job.params.shards.videos)
-    units = [
-        Unit(ids, tuple(d for i in ids for d in inputs[i]), f"videos {ids[0]}-{ids[-1]}", bucket)
-        for bucket, ids in buckets.items()
-    ]
-    built = job.build(fingerprint, units, make)
-    _finish(job, built, wanted, fingerprint, absent)
+        return Origin({"seed": acquire.seed}, dict.fromkeys(wanted, ()), make)
+    if acquire.source == "clevrer":
+        archives = Archives(acquire.url, wanted, acquire.proposals, stack)
+        lacking = archives.without("proposal") if acquire.proposals else ()
+        made_of = {"source": "clevrer"}
+        return Origin(made_of, archives.inputs, archives.make, archives.absent, archives.prepare, lacking)
+    found = {v.id: v for v in discover(_root(job))}
+    absent = [BadItem(i, _absence(i, found)) for i in wanted if i not in found or i in KNOWN_BAD]
+    here = {i: found[i] for i in wanted if i in found and i not in KNOWN_BAD}
+    inputs = {i: tuple(file_digest(f) for f in (v.video, v.annotation) if f) for i, v in here.items()}
+    return Origin({"source": "local"}, inputs, _copy(here), absent)
 
 
 def _wanted(job: Job) -> dict[int, str]:
     """Id -> split, for every id that ``acquire.videos`` lists."""
     videos = job.params.acquire.videos
+    if videos == "official" and job.params.acquire.source == "clevrer":
+        return {i: split for split, ids in SPLITS.items() for i in range(*ids)}
     if videos == "official":
         return {v.id: official_split(v.id) for v in discover(_root(job))}
     wanted: dict[int, str] = {}
     for split, text in videos.items():
         try:
             ids = parse_ids(str(text))
+            official_split(ids[-1])
         except ValueError as error:
             raise SourceError(f"acquire.videos.{split}: {error}", remedy="write ids such as 0-8,10") from error
         for i in ids:
@@ -126,21 +160,20 @@ def _copy(found: dict[int, FoundVideo]) -> Callable[[Unit, Path, Tick], list[Bad
     return make
 
 
-def _finish(job: Job, built: list[Built], splits: dict[int, str], fingerprint: str, absent: list[BadItem]) -> None:
-    limit = job.params.shards.max_bad_fraction
-    if not built or len(absent) > limit * len(splits):
-        listed = "\n".join(f"    {item.id}: {item.reason}" for item in absent[:10])
-        raise SourceError(
-            f"{len(absent)} of {len(splits)} videos cannot be acquired "
-            f"(shards.max_bad_fraction {limit} allows {int(limit * len(splits))}):\n{listed}",
-            remedy="mend acquire.videos or acquire.root, or raise shards.max_bad_fraction if the loss is acceptable",
-        )
+def _publish(
+    job: Job,
+    built: Sequence[Built],
+    splits: Mapping[int, str],
+    fingerprint: str,
+    bad: Sequence[BadItem],
+    without_proposal: Sequence[int],
+) -> None:
     if job.out.exists():
         shutil.rmtree(job.out)
     videos = []
     for unit in built:
         link_tree(unit.folder, job.out)
-        for video in unit.unit.ids:
+        for video in unit.good:
             name, note = (str(place(official_split(video), video)) for place in (video_path, annotation_path))
             has_note = note in unit.files
             videos.append(
@@ -153,9 +186,11 @@ def _finish(job: Job, built: list[Built], splits: dict[int, str], fingerprint: s
                     annotation_sha256=unit.files[note] if has_note else None,
                 )
             )
-    quarantine = tuple({"id": b.id, "reason": b.reason, "digest": b.digest} for b in absent)
-    catalog = Catalog(job.out, tuple(videos), quarantine)
-    catalog.save(stage=job.title, fingerprint=fingerprint, params=job.params.acquire.model_dump(mode="json"))
+    catalog = Catalog(job.out, tuple(videos), tuple(asdict(item) for item in bad))
+    proposals = {"without_proposal": list(without_proposal)} if job.params.acquire.proposals else {}
+    catalog.save(
+        stage=job.title, fingerprint=fingerprint, params=job.params.acquire.model_dump(mode="json"), **proposals
+    )
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def build_store(
         write_shard(folder, specs, good(), per_shard)
         return bad
 
-    def announce_size(missing: int) -> None:
+    def announce_size(missing: Sequence[Unit]) -> None:
         finished = finished_sizes(job.work / fingerprint, units)
         videos = sum(len(unit.ids) for unit in units)
         size = estimate(specs, videos, finished, motion=motion_of(job))

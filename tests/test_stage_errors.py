@@ -104,7 +104,7 @@ def test_too_many_listed_videos_are_missing(workspace: Path) -> None:
     change(workspace, {"acquire": {"videos": {"train": "0-5"}}})
     code, said = stage(workspace, "acquire")
     assert code == 1
-    assert "3 of 7 videos" in clear(said)
+    assert "3 of 7 items are bad" in clear(said)
     assert "no video_00003.mp4" in said
 
 
