@@ -8,7 +8,6 @@ A damaged stream that is again valid H.264 passes every check of `data.decoders`
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import multiprocessing
 import os
 import signal
@@ -27,6 +26,7 @@ from jaxtyping import UInt8
 
 from data.decoders import DECODERS, Decoder, find_fault, first_line
 from data.errors import VideoError
+from data.manifest import file_digest
 from data.world import FPS, HEIGHT, WIDTH
 
 _REMEDY = "check the file with `ffprobe`, fetch it again, or leave this video out of acquire.videos"
@@ -183,21 +183,13 @@ class _SharedFrames:
         return array
 
 
-def found_digest(path: Path) -> str:
-    """sha256 of a file as it is now, in hexadecimal; empty where there is no such file."""
-    if not path.is_file():
-        return ""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _check_file(path: Path, expected_sha256: str | None) -> None:
-    again = "remove the file and run `dvc repro acquire`, or mend acquire.videos"
+    again = "run `clevrcast verify --repair acquire`, then `clevrcast retry-failed` with the stage that says this"
     if not path.is_file():  # nor a folder or a pipe, which would be waited for
         raise VideoError(f"{path}: there is no such video", remedy=again)
     if path.stat().st_size == 0:
         raise VideoError(f"{path}: the file is empty (0 bytes)", remedy=_REMEDY)
-    if expected_sha256 is not None and (found := found_digest(path)) != expected_sha256:
+    if expected_sha256 is not None and (found := file_digest(path)) != expected_sha256:
         raise VideoError(
             f"{path}: its sha256 is {found}, expected {expected_sha256}: the file has changed", remedy=again
         )

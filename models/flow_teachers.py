@@ -1,7 +1,9 @@
 """Teachers of optical flow: anything that turns a video into flows both ways.
 
-Each is a `FlowTeacher` made by `build_teacher` under its name in `TEACHERS`. Preprocessing travels with the weights:
-frames come in as they were decoded (uint8 RGB), and every teacher scales, pads and crops for itself.
+Each is a `FlowTeacher` made by `build_teacher` under its name in `TEACHERS`, or under ``ptlflow:NAME`` for what
+`models.ptlflow_teacher` brings. Preprocessing travels with the weights: frames come in as they were decoded (uint8
+RGB), and every teacher scales, pads and crops for itself. A teacher knows the digest of its weights when it is made,
+and builds its network at the first call: finished work is found again without a network.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -32,6 +35,7 @@ from data.errors import ClevrcastError, WeightsError
 from models.raft_engine import Precision, RaftEngine
 
 Preset = Literal["ultrafast", "fast", "medium"]
+PTLFLOW = "ptlflow:"
 
 _CONNECT_SECONDS = 20.0
 _RAFT_MULTIPLE, _RAFT_MINIMUM = 8, 128
@@ -60,11 +64,24 @@ class FlowPair:
 
 
 class FlowTeacher(ABC):
-    """``weights_digest`` is the sha256 of the weights file, empty for a teacher without weights."""
+    """``weights_digest`` is the sha256 of the weights file, empty for a teacher without a file of weights;
+    ``warning`` is what nobody who uses the flows may overlook."""
 
     name: str
     licence: str
     weights_digest: str
+    warning: str = ""
+
+    @property
+    def identity(self) -> str:
+        """What the flows depend on besides frames, parameters and our code."""
+        return self.weights_digest
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What a manifest says of the teacher."""
+        facts = {"name": self.name, "weights_sha256": self.weights_digest, "licence": self.licence}
+        return facts | ({"warning": self.warning} if self.warning else {})
 
     @abstractmethod
     def __call__(self, frames: UInt8[Tensor, "t h w 3"]) -> FlowPair:
@@ -80,13 +97,24 @@ class RaftTeacher(FlowTeacher):
 
     licence = "BSD-3-Clause (princeton-vl/RAFT, torchvision)"
 
-    def __init__(self, name: str, engine: RaftEngine, weights: WeightsEnum, weights_digest: str, device: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        build_engine: Callable[[], RaftEngine],
+        weights: WeightsEnum,
+        weights_digest: str,
+        device: str,
+    ) -> None:
         self.name, self.weights_digest = name, weights_digest
-        self.engine, self.device = engine, device
+        self.build_engine, self.device = build_engine, device
         self.normalise = weights.transforms()
 
+    @cached_property
+    def engine(self) -> RaftEngine:
+        return self.build_engine()
+
     def __call__(self, frames: UInt8[Tensor, "t h w 3"]) -> FlowPair:
-        _at_least_two(frames)
+        at_least_two(frames)
         h, w = frames.shape[1:3]
         if min(h, w) < _RAFT_MINIMUM:
             raise ClevrcastError(
@@ -114,7 +142,7 @@ class DisTeacher(FlowTeacher):
         self.search = cv2.DISOpticalFlow.create(_PRESETS[preset])
 
     def __call__(self, frames: UInt8[Tensor, "t h w 3"]) -> FlowPair:
-        _at_least_two(frames)
+        at_least_two(frames)
         h, w = frames.shape[1:3]
         if min(h, w) < _DIS_MINIMUM:
             raise ClevrcastError(
@@ -140,39 +168,53 @@ def build_teacher(
     precision: Precision = "float32",
     memory_budget: int = 256 * 2**20,
     preset: Preset = "medium",
+    weights: str | None = None,
 ) -> FlowTeacher:
-    """The teacher called ``name`` (a key of `TEACHERS`).
+    """The teacher called ``name``: a key of `TEACHERS`, or ``ptlflow:NAME``.
 
-    ``iterations``, ``precision`` and ``memory_budget`` are RAFT's (`models.raft_engine.RaftEngine`), ``preset`` is
-    that of dis; each teacher ignores the other's. Raises `WeightsError` where weights cannot be had or are damaged,
-    KeyError for an unknown name.
+    ``iterations`` and ``memory_budget`` are RAFT's (`models.raft_engine.RaftEngine`), ``preset`` is that of dis,
+    ``weights`` (which it has to have) ptlflow's, ``precision`` that of both; each teacher ignores the others'. Raises
+    `WeightsError` where weights cannot be had, KeyError for an unknown name, and what `PtlflowTeacher` raises. Weights
+    that are damaged are found out at the first call.
     """
+    if name.startswith(PTLFLOW) and weights is not None:
+        from models.ptlflow_teacher import PtlflowTeacher  # it imports the contract from here
+
+        return PtlflowTeacher(name.removeprefix(PTLFLOW), weights, device=device, precision=precision)
     if name not in TEACHERS:
-        raise KeyError(f"no teacher is called {name!r}; there are {sorted(TEACHERS)}")
+        raise KeyError(f"no teacher is called {name!r}; there are {sorted(TEACHERS)} and {PTLFLOW}NAME with weights")
     options = _Options(device, iterations, precision, memory_budget, preset)
     return TEACHERS[name](options)
 
 
-def load_raft_weights(raft: RAFT, name: str) -> str:
-    """Load torchvision's weights for ``raft_small`` or ``raft_large`` and return the sha256 of their file.
+def raft_weights_file(name: str) -> Path:
+    """The file of torchvision's weights for ``raft_small`` or ``raft_large``, downloaded if absent.
 
-    They are looked for where torch.hub keeps them (``$TORCH_HOME/hub/checkpoints``) and downloaded there if absent.
-    A download must match the digest in the file's name. Raises `WeightsError` if that fails, or if the file is damaged
-    or belongs to another model.
+    It is looked for where torch.hub keeps such files (``$TORCH_HOME/hub/checkpoints``). A download must match the
+    digest in the file's name; raises `WeightsError` if that fails.
     """
-    weights = _RAFT[name][1]
-    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+    url = _RAFT[name][1].url
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
     if not path.exists():
         try:
             with _connect_timeout(_CONNECT_SECONDS):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                torch.hub.download_url_to_file(weights.url, str(path), _published_digest(path), progress=False)
+                torch.hub.download_url_to_file(url, str(path), _published_digest(path), progress=False)
         except (OSError, RuntimeError) as error:  # no network; or not the published file, as torch.hub says it
             raise WeightsError(
-                f"the weights of {name} are not at {path} and {weights.url} cannot be downloaded: {error}",
+                f"the weights of {name} are not at {path} and {url} cannot be downloaded: {error}",
                 remedy="connect to the network, or set TORCH_HOME to a folder that has hub/checkpoints/"
                 f"{path.name}, or choose a teacher without weights (dis, scene)",
             ) from error
+    return path
+
+
+def load_raft_weights(raft: RAFT, name: str, file: Path | None = None) -> str:
+    """Load torchvision's weights for ``raft_small`` or ``raft_large`` and return the sha256 of their file.
+
+    ``file`` defaults to `raft_weights_file`. Raises `WeightsError` if it is damaged or belongs to another model.
+    """
+    path = file or raft_weights_file(name)
     content = path.read_bytes()
     try:
         raft.load_state_dict(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
@@ -194,17 +236,27 @@ class _Options:
 
 
 def _raft(name: str) -> Callable[[_Options], FlowTeacher]:
+    create, weights = _RAFT[name]
+
     def build(options: _Options) -> FlowTeacher:
-        create, weights = _RAFT[name]
-        raft = create(weights=None)
-        digest = load_raft_weights(raft, name)
-        engine = RaftEngine(
-            raft.to(options.device),
-            iterations=options.iterations,
-            precision=options.precision,
-            memory_budget=options.memory_budget,
-        )
-        return RaftTeacher(name, engine, weights, digest, options.device)
+        file = raft_weights_file(name)
+        promised = hashlib.sha256(file.read_bytes()).hexdigest()
+
+        def build_engine() -> RaftEngine:
+            raft = create(weights=None)
+            if (found := load_raft_weights(raft, name, file)) != promised:
+                raise WeightsError(
+                    f"the weights of {name} changed while they were in use: sha256 {promised}, now {found}",
+                    remedy="run the stage again",
+                )
+            return RaftEngine(
+                raft.to(options.device),
+                iterations=options.iterations,
+                precision=options.precision,
+                memory_budget=options.memory_budget,
+            )
+
+        return RaftTeacher(name, build_engine, weights, promised, options.device)
 
     return build
 
@@ -232,6 +284,6 @@ def _connect_timeout(seconds: float) -> Iterator[None]:
         socket.setdefaulttimeout(before)
 
 
-def _at_least_two(frames: UInt8[Tensor, "t h w 3"]) -> None:
+def at_least_two(frames: UInt8[Tensor, "t h w 3"]) -> None:
     if len(frames) < 2:
         raise ValueError(f"flow needs two frames or more, not {len(frames)}")

@@ -13,7 +13,7 @@ The papers' 0.01 and 0.5 suit flows better than a teacher's. F1 of the non-visib
 videos at 320x480, every second frame: gated RAFT-small 0.40 there and 0.48 at the defaults here, hardly more (0.50)
 with a larger ``alpha2``, which would let slow motion pass: what uncovers less than about sqrt(alpha2) pixels a frame
 counts as visible. Without the gate no thresholds reach more than 0.20; true flow reaches 0.93 there and 0.96 here.
-`benchmarks/teachers.py` prints the figures at the defaults.
+`clevrcast teachers` prints the figures at the defaults.
 """
 
 from __future__ import annotations

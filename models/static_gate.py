@@ -12,7 +12,7 @@ background is what keeps most shadows out. Gate both directions or none: a visib
 than from none.
 
 Measured with RAFT-small on four real videos at 320x480, every second frame, against rigid flow cast from the
-annotations (`benchmarks/teachers.py`, every 12th pair): background error 0.34 px without and 0.06 px with the gate,
+annotations (`clevrcast teachers`, every 12th pair): background error 0.34 px without and 0.06 px with the gate,
 moving pixels 0.86 px either way (0.88 at radius 8, which leaves holes in slow objects). Differences over 6 levels
 grown by 4 px and nothing else gated away 28 % of the moving pixels of two of these videos and left 0.14 px.
 """

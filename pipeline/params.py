@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -104,19 +105,42 @@ class Gate(Section):
     """Pixels of flow.resolution: gaps of twice this are closed; 16 suits 320 rows, 8 suits 160."""
 
 
+TEACHERS = ("raft_small", "raft_large", "dis", "scene")
+
+
 class Flow(Section):
-    teacher: Literal["raft_small", "raft_large", "dis", "scene"]
-    """RAFT (torchvision's weights), OpenCV's DIS, or the truth from the labels."""
+    teacher: str
+    """raft_small or raft_large (torchvision's weights), dis (OpenCV), scene (the truth from the labels), or
+    ptlflow:NAME, a model of ptlflow (sea_raft_s, flowformer_pp, waft_dav2_a2, neuflow2, ...)."""
+    weights: str | None = None
+    """For ptlflow:NAME, which has no default: the path of a checkpoint (with a slash or a dot in it), the name of a
+    published one (such as things), or random (untrained, to try the machinery)."""
     resolution: Resolution
     """Height and width that the teacher sees, decoded from the source video."""
     iterations: Annotated[int, Field(ge=1, le=64)]
-    """RAFT's refinements."""
+    """RAFT's refinements; models of ptlflow make their own number."""
     precision: Literal["float32", "bfloat16"]
-    """RAFT's arithmetic; bfloat16 is autocast."""
+    """Arithmetic of the networks; bfloat16 is autocast."""
     gate: Gate
 
     @model_validator(mode="after")
     def _check(self) -> Flow:
+        ptlflow = re.fullmatch(r"ptlflow:[A-Za-z]\w*", self.teacher) is not None
+        if not ptlflow and self.teacher not in TEACHERS:
+            near = difflib.get_close_matches(self.teacher, TEACHERS, n=1)
+            raise ValueError(
+                f"flow.teacher = {self.teacher!r}: it is one of {', '.join(TEACHERS)} or ptlflow:NAME"
+                + (f"; did you mean {near[0]!r}?" if near else "")
+            )
+        if ptlflow and not self.weights:
+            raise ValueError(
+                f"flow.weights is missing: {self.teacher} needs the path of a checkpoint, the name of a published one "
+                "(such as things) or random, which is untrained and only tries the machinery"
+            )
+        if not ptlflow and self.weights is not None:
+            raise ValueError(
+                f"flow.weights = {self.weights!r} is for ptlflow:NAME, flow.teacher is {self.teacher}: leave it out"
+            )
         if self.teacher.startswith("raft") and min(self.resolution) < 128:
             raise ValueError(
                 f"flow.resolution {list(self.resolution)} has a side below 128, the least that {self.teacher} takes"

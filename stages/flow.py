@@ -6,52 +6,87 @@ a third of its accuracy (docs/teachers.md). The `scene` teacher is the truth tha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import UInt8
+from torch import Tensor
 
 from data.catalog import Catalog
 from data.clevrer import FRAMES
 from data.errors import AnnotationError
 from data.store import Store, pack_flow
 from data.video import VideoReader
-from models.flow_teachers import FlowTeacher, build_teacher
+from models.flow_teachers import FlowPair, FlowTeacher, build_teacher
 from models.static_gate import gate_flow
 from pipeline.stage import ARTIFACTS, Job, run_stage
 from stages.fields import flow_specs
 from stages.sharding import build_store
 
+ON_CPU = ("dis", "scene")
+"""Teachers that leave a GPU idle: their workers follow the cores."""
+
+
+@dataclass
+class Meter:
+    """What this process asked of the teacher, one call per video; calls of other workers are not among them."""
+
+    calls: int = 0
+    pairs: int = 0
+    seconds: float = 0.0
+
+    def measured(self, teacher: FlowTeacher, frames: UInt8[Tensor, "t h w 3"]) -> FlowPair:
+        started = time.monotonic()
+        pair = teacher(frames)
+        self.seconds += time.monotonic() - started
+        self.calls, self.pairs = self.calls + 1, self.pairs + len(frames) - 1
+        return pair
+
+    @property
+    def facts(self) -> dict[str, float]:
+        speed = {"pairs_per_second": round(self.pairs / self.seconds, 3)} if self.calls else {}
+        return {"teacher_calls": self.calls, **speed}
+
 
 def run(job: Job) -> None:
-    catalog = Catalog.load(ARTIFACTS / "acquire")
+    catalog, meter = Catalog.load(ARTIFACTS / "acquire"), Meter()
     if job.params.flow.teacher == "scene":
         _copy_labels(job, catalog)
-        return
-    flow = job.params.flow
-    teacher = build_teacher(flow.teacher, device=job.device, iterations=flow.iterations, precision=flow.precision)
-    inputs = {v.id: (v.video_sha256,) for v in catalog.videos}
-    with VideoReader(timeout=job.params.decode.timeout) as reader:
-        compute = _estimate(job, catalog, teacher, reader)
-        _build(job, inputs, compute, weights=teacher.weights_digest, licence=teacher.licence)
+    else:
+        _estimate(job, catalog, meter)
+    job.facts.update(meter.facts)
 
 
-def _estimate(
-    job: Job, catalog: Catalog, teacher: FlowTeacher, reader: VideoReader
-) -> Callable[[int], dict[str, np.ndarray]]:
-    (h, w), decode, gate = job.params.flow.resolution, job.params.decode, job.params.flow.gate
-    kept = range(0, decode.frames, decode.stride)
+def _estimate(job: Job, catalog: Catalog, meter: Meter) -> None:
+    flow, decode, gate = job.params.flow, job.params.decode, job.params.flow.gate
+    (h, w), kept = flow.resolution, range(0, decode.frames, decode.stride)
+    # Only the digest of its weights is needed here; the network is built when the first video is not found ready.
+    teacher = build_teacher(
+        flow.teacher, device=job.device, iterations=flow.iterations, precision=flow.precision, weights=flow.weights
+    )
+    if teacher.warning:
+        print(f"flow: {teacher.name}: {teacher.warning}", file=sys.stderr)
     videos = {v.id: v for v in catalog.videos}
+    with VideoReader(timeout=decode.timeout) as reader:
 
-    def compute(video: int) -> dict[str, np.ndarray]:
-        path = catalog.root / videos[video].video
-        frames = torch.from_numpy(reader.read(path, kept, height=h, width=w, expected_frames=FRAMES))
-        pair = teacher(frames)
-        if gate.enabled:
-            pair = gate_flow(pair, frames, threshold=gate.threshold, contrast=gate.contrast, radius=gate.radius)
-        return {"flow_fwd": pack_flow(pair.flow_fwd.cpu().numpy()), "flow_bwd": pack_flow(pair.flow_bwd.cpu().numpy())}
+        def compute(video: int) -> dict[str, np.ndarray]:
+            source = videos[video]
+            path, digest = catalog.root / source.video, source.video_sha256
+            read = reader.read(path, kept, height=h, width=w, expected_frames=FRAMES, expected_sha256=digest)
+            frames = torch.from_numpy(read)
+            pair = meter.measured(teacher, frames)
+            if gate.enabled:
+                pair = gate_flow(pair, frames, threshold=gate.threshold, contrast=gate.contrast, radius=gate.radius)
+            fwd, bwd = (pack_flow(f.cpu().numpy()) for f in (pair.flow_fwd, pair.flow_bwd))
+            return {"flow_fwd": fwd, "flow_bwd": bwd}
 
-    return compute
+        inputs = {v.id: (v.video_sha256,) for v in catalog.videos}
+        _build(job, inputs, compute, identity=teacher.identity, teacher=teacher.facts)
 
 
 def _copy_labels(job: Job, catalog: Catalog) -> None:
@@ -66,7 +101,8 @@ def _copy_labels(job: Job, catalog: Catalog) -> None:
             )
         return {name: labels.read(name, video) for name in ("flow_fwd", "flow_bwd")}
 
-    _build(job, inputs, compute, weights="", licence="none: exact geometry of the annotations")
+    facts = {"name": "scene", "weights_sha256": "", "licence": "none: exact geometry of the annotations"}
+    _build(job, inputs, compute, identity="", teacher=facts)
 
 
 def _build(
@@ -74,8 +110,8 @@ def _build(
     inputs: dict[int, tuple[str, ...]],
     compute: Callable[[int], dict[str, np.ndarray]],
     *,
-    weights: str,
-    licence: str,
+    identity: str,
+    teacher: Mapping[str, Any],
 ) -> None:
     (h, w), decode = job.params.flow.resolution, job.params.decode
     build_store(
@@ -84,10 +120,11 @@ def _build(
         inputs,
         compute,
         fingerprint=job.fingerprint(
-            [job.params.flow, decode.stride, decode.frames, job.params.shards], weights=weights
+            [job.params.flow, decode.stride, decode.frames, job.params.shards], weights=identity
         ),
         params={**job.params.flow.model_dump(mode="json"), "stride": decode.stride, "frames": decode.frames},
-        facts={"teacher": {"weights_sha256": weights, "licence": licence}},
+        facts={"teacher": dict(teacher)},
+        computes=job.params.flow.teacher not in ON_CPU,
     )
 
 

@@ -23,7 +23,7 @@ from pipeline.progress import progress
 from pipeline.stage import ARTIFACTS, Job, read_runs, run_stage
 from stages.evaluate import Windows
 from stages.gallery import flow_gallery, reconstruction_gallery
-from stages.teacher import measure_teacher
+from stages.teacher_accuracy import measure_teacher
 
 BASELINES = ("copy_last", "advect")
 CEILING = "vae_ceiling"

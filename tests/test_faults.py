@@ -56,7 +56,8 @@ def reference(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Reference
         source = write_source(folder / "source", [*range(5), 15000])
         videos = {"train": "0-4", "test": "15000"}
     workspace = local_workspace(root, folder / "checkout", source, videos, 1)
-    workspace.repro("-s", "acquire")
+    for stage in ("acquire", "label"):
+        workspace.repro("-s", stage)
     seconds = {}
     for stage in STAGES:
         start = time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
 from collections.abc import Callable
@@ -130,15 +131,17 @@ def test_frames_too_small_are_refused_with_both_sizes(name: str, teacher_called:
         teacher_called(name)(torch.zeros(2, 12, 40, 3, dtype=torch.uint8))
 
 
-def test_unknown_teachers_are_refused_by_name() -> None:
-    with pytest.raises(KeyError, match="raft_small"):
-        build_teacher("raft_tiny")
+@pytest.mark.parametrize("name", ["raft_tiny", "ptlflow:raft_small"])
+def test_unknown_teachers_are_refused_by_name(name: str) -> None:
+    """ptlflow's too, where no weights are named: there is no default for what is trained and what is not."""
+    with pytest.raises(KeyError, match=r"raft_small.*ptlflow:NAME with weights"):
+        build_teacher(name)
 
 
 def random_raft(create: Callable[..., RAFT] = raft_small) -> RaftTeacher:
     torch.manual_seed(0)
     raft = create(weights=None).eval()
-    return RaftTeacher("raft_small", RaftEngine(raft, iterations=1), Raft_Small_Weights.C_T_V1, "", "cpu")
+    return RaftTeacher("raft_small", lambda: RaftEngine(raft, iterations=1), Raft_Small_Weights.C_T_V1, "", "cpu")
 
 
 def test_raft_scales_frames_as_its_weights_want_them() -> None:
@@ -213,6 +216,41 @@ def test_weights_of_another_model_are_refused(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("TORCH_HOME", os.fspath(tmp_path))
     with pytest.raises(WeightsError, match="raft_small"):
         load_raft_weights(raft_small(weights=None), "raft_small")
+
+
+def untrained_file(folder: Path, seed: int = 0) -> Path:
+    """Random weights of RAFT-small where torch.hub would keep the real ones."""
+    path = folder / "hub/checkpoints" / CHECKPOINT.name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    torch.save(raft_small(weights=None).state_dict(), path)
+    return path
+
+
+def test_a_network_is_built_at_the_first_call_and_known_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", os.fspath(tmp_path))
+    path = untrained_file(tmp_path)
+    teacher = build_teacher("raft_small", iterations=1)
+    assert teacher.weights_digest == teacher.identity == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert teacher.facts == {
+        "name": "raft_small",
+        "weights_sha256": teacher.weights_digest,
+        "licence": RaftTeacher.licence,
+    }
+    assert "engine" not in vars(teacher)
+    teacher(translating(0, 0))
+    assert "engine" in vars(teacher)
+
+
+def test_weights_that_change_after_their_digest_was_taken_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", os.fspath(tmp_path))
+    untrained_file(tmp_path)
+    teacher = build_teacher("raft_small", iterations=1)
+    untrained_file(tmp_path, seed=1)
+    with pytest.raises(WeightsError, match=teacher.weights_digest):
+        teacher(translating(0, 0))
 
 
 def test_dis_repeats_itself() -> None:
