@@ -166,14 +166,16 @@ def build_teacher(
     device: str = "cpu",
     iterations: int = 12,
     precision: Precision = "float32",
-    memory_budget: int = 256 * 2**20,
+    memory_budget: int | None = None,
+    compiled: bool = False,
     preset: Preset = "medium",
     weights: str | None = None,
 ) -> FlowTeacher:
     """The teacher called ``name``: a key of `TEACHERS`, or ``ptlflow:NAME``.
 
-    ``iterations`` and ``memory_budget`` are RAFT's (`models.raft_engine.RaftEngine`), ``preset`` is that of dis,
-    ``weights`` (which it has to have) ptlflow's, ``precision`` that of both; each teacher ignores the others'. Raises
+    ``iterations``, ``memory_budget`` and ``compiled`` are RAFT's (`models.raft_engine.RaftEngine`; the default budget
+    is 256 MiB on a CPU and an eighth of a GPU's memory), ``preset`` is that of dis, ``weights`` (which it has to have)
+    ptlflow's, ``precision`` that of RAFT and ptlflow; each teacher ignores the others'. Raises
     `WeightsError` where weights cannot be had, KeyError for an unknown name, and what `PtlflowTeacher` raises. Weights
     that are damaged are found out at the first call.
     """
@@ -183,7 +185,8 @@ def build_teacher(
         return PtlflowTeacher(name.removeprefix(PTLFLOW), weights, device=device, precision=precision)
     if name not in TEACHERS:
         raise KeyError(f"no teacher is called {name!r}; there are {sorted(TEACHERS)} and {PTLFLOW}NAME with weights")
-    options = _Options(device, iterations, precision, memory_budget, preset)
+    budget = memory_budget or _memory_budget(device)
+    options = _Options(device, iterations, precision, budget, compiled, preset)
     return TEACHERS[name](options)
 
 
@@ -226,12 +229,20 @@ def load_raft_weights(raft: RAFT, name: str, file: Path | None = None) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def _memory_budget(device: str) -> int:
+    """Of the kind of device, never of what is free at the moment: batches decide the last bits on a GPU."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_properties(device).total_memory // 8
+    return 256 * 2**20
+
+
 @dataclass(frozen=True)
 class _Options:
     device: str
     iterations: int
     precision: Precision
     memory_budget: int
+    compiled: bool
     preset: Preset
 
 
@@ -254,6 +265,7 @@ def _raft(name: str) -> Callable[[_Options], FlowTeacher]:
                 iterations=options.iterations,
                 precision=options.precision,
                 memory_budget=options.memory_budget,
+                compiled=options.compiled,
             )
 
         return RaftTeacher(name, build_engine, weights, promised, options.device)

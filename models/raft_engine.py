@@ -22,6 +22,7 @@ volume to float32, at every iteration).
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -43,7 +44,11 @@ class RaftEngine:
     """Both flows of every consecutive pair of a video.
 
     ``iterations`` is RAFT's number of flow updates; ``memory_budget`` (bytes) bounds the pairs that are worked on at
-    once, at least one, and changes the result in neither precision on the CPU in float32. The model is copied.
+    once, at least one, and changes the result in neither precision on the CPU in float32. ``compiled`` runs what is
+    repeated at every iteration through `torch.compile` (bfloat16 only; it rounds elsewhere, and the first batch waits
+    for a C++ or Triton compiler). The model is copied.
+
+    Raises ValueError for ``compiled`` in float32, which could not be bit-equal.
     """
 
     def __init__(
@@ -53,7 +58,10 @@ class RaftEngine:
         iterations: int = 12,
         precision: Precision = "float32",
         memory_budget: int = 256 * 2**20,
+        compiled: bool = False,
     ) -> None:
+        if compiled and precision != "bfloat16":
+            raise ValueError(f"compiled goes with bfloat16, not {precision}: its rounding differs from the plain loop")
         self.raft = copy.deepcopy(raft).eval()
         self.iterations = iterations
         self.precision = precision
@@ -65,6 +73,9 @@ class RaftEngine:
             if self.raft.mask_predictor is not None:
                 self.raft.mask_predictor.to(torch.bfloat16)
             self.recurrence = Recurrence(self.raft.update_block)
+        self._look_up, self._iterate = _look_up, _iterate
+        if compiled:
+            self._look_up, self._iterate = torch.compile(_look_up), torch.compile(_iterate)
 
     @torch.no_grad()
     def __call__(
@@ -132,12 +143,12 @@ class RaftEngine:
         hidden_size: int = block.hidden_state_size  # type: ignore[assignment]
         hidden, inputs = context.split([hidden_size, context.shape[1] - hidden_size], dim=1)
         hidden, inputs = torch.tanh(hidden), F.relu(inputs)
-        iterate = self.recurrence.start(inputs) if self.recurrence is not None else partial(_plainly, block, inputs)
+        iterations = self.recurrence.start(inputs) if self.recurrence is not None else partial(_plainly, block, inputs)
         origin = _cell_grid(context)
         target = origin
         for _ in range(self.iterations):
-            window, flow = volumes.look_up(target), target - origin
-            hidden, delta = iterate(hidden, window.to(hidden.dtype), flow.to(hidden.dtype))
+            window, flow = self._look_up(volumes, target), target - origin
+            hidden, delta = self._iterate(iterations, hidden, window.to(hidden.dtype), flow.to(hidden.dtype))
             target = target + delta.float()
         return self._upsample(target - origin, hidden)
 
@@ -227,6 +238,14 @@ class _BfloatVolumes:
         window = torch.lerp(window[..., :-1, :], window[..., 1:, :], fraction[:, :, 0])
         window = torch.lerp(window[..., :-1], window[..., 1:], fraction[:, :, 1])
         return window.reshape(b, h, w, -1).permute(0, 3, 1, 2)
+
+
+def _look_up(volumes: _FloatVolumes | _BfloatVolumes, target: Tensor) -> Tensor:
+    return volumes.look_up(target)
+
+
+def _iterate(step: Callable[..., tuple[Tensor, Tensor]], *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    return step(*inputs)
 
 
 def _plainly(block: nn.Module, inputs: Tensor, hidden: Tensor, window: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:

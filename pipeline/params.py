@@ -121,6 +121,8 @@ class Flow(Section):
     """RAFT's refinements; models of ptlflow make their own number."""
     precision: Literal["float32", "bfloat16"]
     """Arithmetic of the networks; bfloat16 is autocast."""
+    compiled: bool = False
+    """RAFT's iterations through torch.compile: faster after a first wait, bfloat16 only, needs a compiler."""
     gate: Gate
 
     @model_validator(mode="after")
@@ -140,6 +142,11 @@ class Flow(Section):
         if not ptlflow and self.weights is not None:
             raise ValueError(
                 f"flow.weights = {self.weights!r} is for ptlflow:NAME, flow.teacher is {self.teacher}: leave it out"
+            )
+        if self.compiled and (not self.teacher.startswith("raft") or self.precision != "bfloat16"):
+            raise ValueError(
+                f"flow.compiled is for raft_small and raft_large in bfloat16, flow.teacher is {self.teacher} and "
+                f"flow.precision {self.precision}"
             )
         if self.teacher.startswith("raft") and min(self.resolution) < 128:
             raise ValueError(

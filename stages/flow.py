@@ -67,7 +67,12 @@ def _estimate(job: Job, catalog: Catalog, meter: Meter) -> None:
     (h, w), kept = flow.resolution, range(0, decode.frames, decode.stride)
     # Only the digest of its weights is needed here; the network is built when the first video is not found ready.
     teacher = build_teacher(
-        flow.teacher, device=job.device, iterations=flow.iterations, precision=flow.precision, weights=flow.weights
+        flow.teacher,
+        device=job.device,
+        iterations=flow.iterations,
+        precision=flow.precision,
+        compiled=flow.compiled,
+        weights=flow.weights,
     )
     if teacher.warning:
         print(f"flow: {teacher.name}: {teacher.warning}", file=sys.stderr)

@@ -48,6 +48,7 @@ def test_the_committed_file_is_valid(root: Path) -> None:
         ("decode.resolution", [130, 192], r"decode\.resolution \[130, 192\].*multiples of 8.*\[128, 192\]"),
         ("flow.itterations", 3, r"flow\.itterations is not a known key; did you mean 'iterations'"),
         ("flow.gate.treshold", 3, r"flow\.gate\.treshold is not a known key; did you mean 'threshold'"),
+        ("flow.compiled", True, r"flow\.compiled is for raft_small.*flow\.teacher is dis"),
         ("flow.teacher", "raft", r"flow\.teacher = 'raft'.*raft_small"),
         ("occlusion.absolute", ..., r"occlusion\.absolute is missing"),
         ("occlusion", ..., r"occlusion is missing"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from itertools import islice, pairwise
 from pathlib import Path
@@ -17,6 +18,7 @@ from torchvision.models.optical_flow.raft import RAFT
 
 from models.flow_teachers import load_raft_weights
 from models.raft_engine import RaftEngine
+from models.raft_recurrence import Recurrence
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 CHECKPOINT = SHARED / "weights/hub/checkpoints/raft_small_C_T_V1-ad48884c.pth"
@@ -109,6 +111,37 @@ def test_bfloat16_look_up_is_the_same_look_up(create: type) -> None:
         RaftEngine(raft, iterations=1, precision="bfloat16")(images), plain_loop(raft, images, 1), strict=True
     ):
         assert (ours - plain).norm(dim=1).mean() < 0.03 * plain.norm(dim=1).mean()
+
+
+@pytest.mark.parametrize("create", [raft_small, raft_large])
+@torch.no_grad()
+def test_the_recurrence_is_the_update_block(create: type) -> None:
+    """In float32, where the order of the sums is all that differs, over two iterations of one context."""
+    torch.manual_seed(0)
+    block = create(weights=None).eval().update_block
+    size, taps = block.hidden_state_size, block.motion_encoder.convcorr1[0].in_channels
+    channels = block.recurrent_block.convgru1.convz.in_channels - size - block.motion_encoder.conv[0].out_channels - 2
+    hidden, context = torch.randn(2, size, 16, 18).tanh(), torch.randn(2, channels, 16, 18).relu()
+    iterate, plain = Recurrence(block).start(context), hidden
+    for _ in range(2):
+        window, flow = torch.randn(2, taps, 16, 18), torch.randn(2, 2, 16, 18)
+        hidden, delta = iterate(hidden, window, flow)
+        plain, expected = block(plain, context, window, flow)
+        torch.testing.assert_close(hidden, plain, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(delta, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own
+def test_compiled_iterations_give_the_same_flow(small: RAFT) -> None:
+    images = drifting_texture(3, 128, 144)
+    plain = RaftEngine(small, iterations=2, precision="bfloat16")(images)
+    compiled = RaftEngine(small, iterations=2, precision="bfloat16", compiled=True)(images)
+    for a, b in zip(plain, compiled, strict=True):
+        assert (a - b).norm(dim=1).mean() < 0.03 * a.norm(dim=1).mean()
+    with pytest.raises(ValueError, match="compiled goes with bfloat16, not float32"):
+        RaftEngine(small, compiled=True)
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 128, 128), (2, 3, 130, 128), (2, 3, 128, 132)])
