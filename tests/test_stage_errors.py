@@ -176,6 +176,10 @@ def small_disk(tmp_path: Path, source: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
+def remount(disk: Path, option: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{option}", str(disk)], check=True)
+
+
 def test_a_full_disk(root: Path, source: Path, small_disk: Path) -> None:
     workspace = make_workspace(root, source, small_disk)
     code, said = stage(workspace, "acquire")
@@ -183,8 +187,34 @@ def test_a_full_disk(root: Path, source: Path, small_disk: Path) -> None:
     assert ".work/acquire" in clear(said)
     assert "is full" in said
     assert not (workspace / "artifacts/acquire").exists()
-    subprocess.run(["mount", "-o", "remount,size=50m", str(small_disk)], check=True)
+    remount(small_disk, "size=50m")
     good(workspace, "acquire", "decode")
+
+
+def test_a_disk_that_fills_up_in_the_middle_of_a_shard(root: Path, source: Path, small_disk: Path) -> None:
+    """By files, not by bytes, so that the estimate beforehand has nothing to object to."""
+    remount(small_disk, "size=50m")
+    workspace = make_workspace(root, source, small_disk)
+    change(workspace, {"shards": {"videos": 1}})
+    good(workspace, "acquire", "label", "flow")
+    manifest = (workspace / "artifacts/flow/manifest.json").read_bytes()
+    for folder in (".work/flow", "artifacts/flow"):
+        shutil.rmtree(workspace / folder)
+    used = os.statvfs(small_disk).f_files - os.statvfs(small_disk).f_ffree
+    remount(small_disk, f"nr_inodes={used + 60}")
+    code, said = stage(workspace, "flow")
+    assert code == 4, said
+    assert ".work/flow" in clear(said)
+    assert "is full" in said
+    assert not (workspace / "artifacts/flow").exists()
+    finished = len(list((workspace / ".work/flow").glob("*/*/unit.json")))
+    assert 0 < finished < len(VIDEOS)
+    assert not list((workspace / ".work/flow").glob("*/.*.building"))
+    remount(small_disk, "nr_inodes=10000")
+    code, said = stage(workspace, "flow")
+    assert code == 0, said
+    assert f"{len(VIDEOS) - finished} units built, {finished} found ready" in said
+    assert (workspace / "artifacts/flow/manifest.json").read_bytes() == manifest
 
 
 def test_work_and_artifacts_on_two_disks(workspace: Path, small_disk: Path) -> None:
