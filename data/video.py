@@ -96,7 +96,7 @@ class VideoReader:
 
     def close(self) -> None:
         """End the worker. The reader may be used again: it starts another."""
-        if self._worker is not None:
+        if self._worker is not None and self._worker.pid is not None:  # else it could not even be started
             self._worker.kill()
             self._worker.join()
             self._worker.close()

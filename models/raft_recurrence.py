@@ -1,13 +1,17 @@
-"""RAFT's update block with what is the same at every iteration computed once.
+"""RAFT's update block without the work that its iterations repeat.
 
 Each gate of the recurrent unit (Teed and Deng 2020, equations 3 to 6) convolves the concatenation of hidden state,
-context and motion features. A convolution of a concatenation is a sum of convolutions, and the context does not change
-between iterations: its part is computed before the first. The update and the reset gate read the same input, so one
-convolution gives both. That leaves 2/3 to 3/4 of the arithmetic of the largest part of RAFT; the sums are taken in
-another order, so results agree to rounding and not to the bit.
+context and motion features. The update and the reset gate read the same input, so one convolution gives both.
+
+`ExactRecurrence` keeps every rounding of torchvision's block: it writes what changes into buffers that already hold the
+context instead of concatenating. `FastRecurrence` goes further: a convolution of a concatenation is a sum of
+convolutions, and that of the context is computed once. It leaves 2/3 to 3/4 of the arithmetic of the largest part of
+RAFT; the sums are taken in another order, so results agree to rounding and not to the bit.
 """
 
 from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -15,29 +19,36 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 
-class Recurrence:
-    """The update block of torchvision's RAFT, as it is (its motion encoder and flow head are used unchanged)."""
+@runtime_checkable
+class Gates(Protocol):
+    """One convolutional GRU, for one context: ``h' = (1 - z) h + z q`` with gates z, r and candidate q."""
 
-    def __init__(self, block: nn.Module) -> None:
+    def __call__(self, hidden: Tensor, motion: Tensor) -> Tensor: ...
+
+
+class Recurrence:
+    """The update block of torchvision's RAFT; its motion encoder and flow head are used as they are."""
+
+    def __init__(self, block: nn.Module, *, exact: bool) -> None:
         self.motion_encoder: nn.Module = block.motion_encoder  # type: ignore[assignment]
         self.flow_head: nn.Module = block.flow_head  # type: ignore[assignment]
         recurrent: nn.Module = block.recurrent_block  # type: ignore[assignment]
         hidden: int = block.hidden_state_size  # type: ignore[assignment]
         units = [getattr(recurrent, name) for name in ("convgru1", "convgru2")]
-        self.units = [unit for unit in units if isinstance(unit, nn.Module)]  # RAFT-small has one
-        self.hidden = hidden
+        kind = _ExactUnit if exact else _FastUnit
+        # RAFT-small has one unit, the second is a function that does nothing.
+        self.units = [kind(unit, hidden) for unit in units if isinstance(unit, nn.Module)]
 
     def start(self, context: Float[Tensor, "b c hz wz"]) -> Iterations:
         """Prepare the iterations over one batch of pairs."""
-        return Iterations(self, context)
+        return Iterations(self.motion_encoder, self.flow_head, [unit.start(context) for unit in self.units])
 
 
 class Iterations:
     """The recurrence for one context: call it once an iteration."""
 
-    def __init__(self, recurrence: Recurrence, context: Float[Tensor, "b c hz wz"]) -> None:
-        self.recurrence = recurrence
-        self.gates = [_Gates(unit, context, recurrence.hidden) for unit in recurrence.units]
+    def __init__(self, motion_encoder: nn.Module, flow_head: nn.Module, gates: list[Gates]) -> None:
+        self.motion_encoder, self.flow_head, self.gates = motion_encoder, flow_head, gates
 
     def __call__(
         self,
@@ -46,32 +57,70 @@ class Iterations:
         flow: Float[Tensor, "b 2 hz wz"],
     ) -> tuple[Float[Tensor, "b ch hz wz"], Float[Tensor, "b 2 hz wz"]]:
         """The next hidden state and the change of the flow."""
-        motion = self.recurrence.motion_encoder(flow, window)
+        motion = self.motion_encoder(flow, window)
         for gates in self.gates:
             hidden = gates(hidden, motion)
-        return hidden, self.recurrence.flow_head(hidden)
+        return hidden, self.flow_head(hidden)
 
 
-class _Gates:
-    """One convolutional GRU: ``h' = (1 - z) h + z q`` with gates z, r and candidate q."""
+class _Unit:
+    """Weights of one GRU, those of the gates z and r together."""
 
-    def __init__(self, unit: nn.Module, context: Tensor, hidden: int) -> None:
+    def __init__(self, unit: nn.Module, hidden: int) -> None:
         z, r, q = (getattr(unit, name) for name in ("convz", "convr", "convq"))
-        self.padding = z.padding
-        weights = torch.cat([z.weight, r.weight])
-        bias = torch.cat([z.bias, r.bias])
-        fixed = slice(hidden, hidden + context.shape[1])
-        self.gates_of_context = F.conv2d(context, weights[:, fixed], bias, padding=self.padding)
-        self.candidate_of_context = F.conv2d(context, q.weight[:, fixed], q.bias, padding=self.padding)
-        self.gate_weights, self.candidate_weights = (
-            torch.cat([w[:, :hidden], w[:, fixed.stop :]], dim=1).contiguous(memory_format=torch.channels_last)
-            for w in (weights, q.weight)
+        self.hidden, self.padding = hidden, z.padding
+        self.gate_weight, self.gate_bias = torch.cat([z.weight, r.weight]), torch.cat([z.bias, r.bias])
+        self.candidate_weight, self.candidate_bias = q.weight, q.bias
+
+
+class _ExactUnit(_Unit):
+    def start(self, context: Tensor) -> Gates:
+        return _ExactGates(self, context)
+
+
+class _ExactGates:
+    def __init__(self, unit: _ExactUnit, context: Tensor) -> None:
+        self.unit = unit
+        b, c, h, w = context.shape
+        self.first = slice(0, unit.hidden)
+        self.last = slice(unit.hidden + c, None)
+        channels = unit.gate_weight.shape[1]
+        self.input, self.reset_input = (context.new_empty(b, channels, h, w) for _ in range(2))
+        for buffer in (self.input, self.reset_input):
+            buffer[:, unit.hidden : unit.hidden + c] = context
+
+    def __call__(self, hidden: Tensor, motion: Tensor) -> Tensor:
+        unit = self.unit
+        self.input[:, self.first], self.input[:, self.last] = hidden, motion
+        gates = F.conv2d(self.input, unit.gate_weight, unit.gate_bias, padding=unit.padding)
+        update, reset = gates.sigmoid_().chunk(2, dim=1)
+        torch.mul(reset, hidden, out=self.reset_input[:, self.first])
+        self.reset_input[:, self.last] = motion
+        candidate = F.conv2d(self.reset_input, unit.candidate_weight, unit.candidate_bias, padding=unit.padding)
+        return ((1 - update) * hidden).add_(update * candidate.tanh_())
+
+
+class _FastUnit(_Unit):
+    def start(self, context: Tensor) -> Gates:
+        return _FastGates(self, context)
+
+
+class _FastGates:
+    def __init__(self, unit: _FastUnit, context: Tensor) -> None:
+        self.padding = unit.padding
+        fixed = slice(unit.hidden, unit.hidden + context.shape[1])
+        both = ((unit.gate_weight, unit.gate_bias), (unit.candidate_weight, unit.candidate_bias))
+        self.gates_of_context, self.candidate_of_context = (
+            F.conv2d(context, weight[:, fixed], bias, padding=unit.padding) for weight, bias in both
+        )
+        self.gate_weight, self.candidate_weight = (
+            torch.cat([w[:, : fixed.start], w[:, fixed.stop :]], dim=1).contiguous(memory_format=torch.channels_last)
+            for w, _ in both
         )
 
     def __call__(self, hidden: Tensor, motion: Tensor) -> Tensor:
-        gates = F.conv2d(torch.cat([hidden, motion], dim=1), self.gate_weights, padding=self.padding)
+        gates = F.conv2d(torch.cat([hidden, motion], dim=1), self.gate_weight, padding=self.padding)
         update, reset = gates.add_(self.gates_of_context).sigmoid_().chunk(2, dim=1)
-        reset_state = torch.cat([reset * hidden, motion], dim=1)
-        candidate = F.conv2d(reset_state, self.candidate_weights, padding=self.padding)
-        candidate = candidate.add_(self.candidate_of_context).tanh_()
-        return torch.lerp(hidden, candidate, update)
+        reset_input = torch.cat([reset * hidden, motion], dim=1)
+        candidate = F.conv2d(reset_input, self.candidate_weight, padding=self.padding)
+        return torch.lerp(hidden, candidate.add_(self.candidate_of_context).tanh_(), update)

@@ -113,16 +113,17 @@ def test_bfloat16_look_up_is_the_same_look_up(create: type) -> None:
         assert (ours - plain).norm(dim=1).mean() < 0.03 * plain.norm(dim=1).mean()
 
 
+@pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("create", [raft_small, raft_large])
 @torch.no_grad()
-def test_the_recurrence_is_the_update_block(create: type) -> None:
+def test_the_recurrence_is_the_update_block(create: type, exact: bool) -> None:
     """In float32, where the order of the sums is all that differs, over two iterations of one context."""
     torch.manual_seed(0)
     block = create(weights=None).eval().update_block
     size, taps = block.hidden_state_size, block.motion_encoder.convcorr1[0].in_channels
     channels = block.recurrent_block.convgru1.convz.in_channels - size - block.motion_encoder.conv[0].out_channels - 2
     hidden, context = torch.randn(2, size, 16, 18).tanh(), torch.randn(2, channels, 16, 18).relu()
-    iterate, plain = Recurrence(block).start(context), hidden
+    iterate, plain = Recurrence(block, exact=exact).start(context), hidden
     for _ in range(2):
         window, flow = torch.randn(2, taps, 16, 18), torch.randn(2, 2, 16, 18)
         hidden, delta = iterate(hidden, window, flow)
