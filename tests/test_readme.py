@@ -28,7 +28,7 @@ def test_linked_files_and_commands_exist(root: Path) -> None:
     makefile = (root / "Makefile").read_text()
     for target in re.findall(r"make (\w+) ", text):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-    for command in re.findall(r"^clevrcast (\w+(?: [a-z]+)?)", text, re.MULTILINE):
+    for command in re.findall(r"^clevrcast ([\w-]+(?: [a-z]+)?)", text, re.MULTILINE):
         parser().parse_args(command.split())
 
 

@@ -312,16 +312,18 @@ def test_a_decoder_that_hangs_with_the_interpreter_lock_is_killed_and_the_next_o
         np.testing.assert_array_equal(read(reader, clip, [0, 3]), read_decord(str(clip), [0, 3], H, W, T))
 
 
-def test_decord_itself_loops_on_an_over_reported_video_and_is_killed(
+def test_an_over_reported_video_on_which_decord_itself_may_loop_is_survived_and_refused(
     clip: Path, reader: VideoReader, tmp_path: Path
 ) -> None:
+    """Asked for scattered frames, decord loops for ever or (its threads race) makes frames up; both were seen."""
     noise = np.random.default_rng(0).integers(0, 255, (H, W, 3), dtype=np.uint8)
     path = tmp_path / "bad.mp4"
     path.write_bytes(damaged_videos.looping(encode_video(np.stack([np.roll(noise, 3 * t, 1) for t in range(T)]), FPS)))
     with VideoReader(timeout=3.0) as impatient:
         frames = [*range(0, T + 100, 7), T + 99]
         answer = impatient._ask(damaged_videos.seek, str(path), frames, H, W, T + 100)
-        assert answer == "no answer within 3 s, the decoder was killed"
+        made_up = isinstance(answer, np.ndarray) and len(answer) == len(frames)
+        assert made_up or answer == "no answer within 3 s, the decoder was killed"
         assert read(impatient, clip, [0]).shape == (1, H, W, 3)
     assert refusal(reader, path) == "it promises 124 frames and holds 24, expected 24"
 
