@@ -6,11 +6,8 @@ expected errors into one clear message and exit code, and keeps a record of seco
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import json
-import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,6 +23,7 @@ from pipeline.errors import PipelineError, WorkspaceError
 from pipeline.executors import Call, crew_for, helped_fingerprint, is_part, part_of, single_thread
 from pipeline.journal import BadItem, Built, Plan, Unit, digest_of, find, lease
 from pipeline.params import Params, load_params
+from pipeline.process import die_with_parent
 from pipeline.shards import Make, build_free_units, build_units
 
 ARTIFACTS = Path("artifacts")
@@ -182,7 +180,7 @@ def run_helper(name: str, key: str) -> int:
 
 def run_stage(name: str, run: Callable[[Job], None], *, keyed: bool = False) -> None:
     """Run a stage as a program and exit; see the module's docstring."""
-    _die_with_parent()
+    die_with_parent()
     arguments = sys.argv[1:]
     started = time.monotonic()
     try:
@@ -246,14 +244,3 @@ def _check_same_disk() -> None:
             f"{WORK} and {ARTIFACTS} are on different file systems, so finished work cannot be hard-linked",
             remedy="move both to one file system, for example by a symbolic link for each",
         )
-
-
-def _die_with_parent() -> None:
-    """Ask Linux to kill this process when its parent ends; elsewhere there is no such thing and nothing is done."""
-    if sys.platform != "linux":
-        return
-    pr_set_pdeathsig = 1
-    parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the request
-        os.kill(os.getpid(), signal.SIGKILL)
