@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
 from data.errors import StoreError
+from data.files import file_digest, replace_file
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -26,12 +26,6 @@ class FileEntry(TypedDict):
     sha256: str
 
 
-def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def file_entry(path: Path, sha256: str | None = None) -> FileEntry:
     """The promise about a file as it is now; ``sha256`` spares reading it where it is known."""
     return {"bytes": path.stat().st_size, "sha256": sha256 or file_digest(path)}
@@ -39,9 +33,7 @@ def file_entry(path: Path, sha256: str | None = None) -> FileEntry:
 
 def write_json(path: Path, body: Mapping[str, Any]) -> None:
     """Write JSON atomically: readers see the old file or the whole new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(body, indent=1) + "\n")
-    temporary.replace(path)
+    replace_file(path, (json.dumps(body, indent=1) + "\n").encode())
 
 
 def write_manifest(folder: Path, body: Mapping[str, Any]) -> None:

@@ -15,6 +15,8 @@ import cv2
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from data.files import replace_file
+
 Image = UInt8[np.ndarray, "h w 3"]
 Sheet = UInt8[np.ndarray, "rows cols 3"]
 Film = UInt8[np.ndarray, "t h w 3"]
@@ -145,7 +147,7 @@ def encode_png(image: Image) -> bytes:
 
 def write_png(path: Path, image: Image) -> None:
     """`encode_png` to a file, which appears complete or not at all."""
-    _replace(path, encode_png(image))
+    replace_file(path, encode_png(image))
 
 
 def encode_video(frames: Film, fps: int | float, crf: int = 18) -> bytes:
@@ -180,11 +182,4 @@ def encode_video(frames: Film, fps: int | float, crf: int = 18) -> bytes:
 
 def write_video(path: Path, frames: Film, fps: int | float, crf: int = 18) -> None:
     """`encode_video` to a file, which appears complete or not at all."""
-    _replace(path, encode_video(frames, fps, crf))
-
-
-def _replace(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)
+    replace_file(path, encode_video(frames, fps, crf))

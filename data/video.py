@@ -26,7 +26,7 @@ from jaxtyping import UInt8
 
 from data.decoders import DECODERS, Decoder, find_fault, first_line
 from data.errors import VideoError
-from data.manifest import file_digest
+from data.files import file_digest
 from data.world import FPS, HEIGHT, WIDTH
 
 _REMEDY = "check the file with `ffprobe`, fetch it again, or leave this video out of acquire.videos"

@@ -24,6 +24,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from data.errors import StoreError
+from data.files import replace_file
 from data.picture import error_picture, panel, write_png, write_video
 from models.evaluation import Evaluation
 from models.examples import Example
@@ -155,7 +156,7 @@ def _save_example(path: Path, example: Example) -> None:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, buffer.getvalue())
+    replace_file(path, buffer.getvalue())
 
 
 def _load_example(path: Path) -> Example:
@@ -171,10 +172,4 @@ def _json(content: dict[str, Any]) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    _replace(path, text.encode())
-
-
-def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)
+    replace_file(path, text.encode())

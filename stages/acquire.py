@@ -28,7 +28,7 @@ from data.clevrer import (
     write_annotation,
 )
 from data.errors import SourceError
-from data.manifest import file_digest
+from data.files import file_digest
 from data.picture import write_video
 from data.store import bucket_ids
 from pipeline.journal import BadItem, Built, Unit

@@ -19,7 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from data.errors import StoreError
-from data.manifest import MANIFEST, file_digest, promised_files, read_manifest
+from data.files import file_digest
+from data.manifest import MANIFEST, promised_files, read_manifest
 from pipeline.errors import PipelineError
 from pipeline.journal import MARKER
 from pipeline.progress import progress

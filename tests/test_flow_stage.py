@@ -18,7 +18,7 @@ import models.flow_teachers
 from data.catalog import Catalog, Video
 from data.clevrer import FPS, FRAMES, HEIGHT, WIDTH
 from data.errors import ClevrcastError, WeightsError
-from data.manifest import file_digest
+from data.files import file_digest
 from data.picture import write_video
 from data.store import Store
 from models.flow_teachers import FlowPair

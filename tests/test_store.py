@@ -13,7 +13,7 @@ import xarray
 import zarr
 
 from data.errors import StoreError
-from data.manifest import file_digest
+from data.files import file_digest
 from data.store import (
     ArraySpec,
     ShardPlace,
