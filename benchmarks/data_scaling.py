@@ -121,7 +121,7 @@ def table(costs: dict[int, dict[str, Cost]]) -> str:
     return "\n".join(lines)
 
 
-def noop(simulated: Path, folder: Path, count: int) -> float:
+def noop(simulated: Path, folder: Path, count: int, per_shard: int) -> float:
     """Seconds of `dvc repro` with nothing to do on ``count`` videos (copies of the simulated ones)."""
     folder = checkout(folder)
     acquired = simulated / "artifacts/acquire"
@@ -138,11 +138,12 @@ def noop(simulated: Path, folder: Path, count: int) -> float:
     change(
         folder,
         {
+            "shards": {"videos": per_shard},
             "acquire": {
                 "source": "local",
                 "root": "source",
                 "videos": {"train": f"0-{count - test - 1}", "test": f"15000-{15000 + test - 1}"},
-            }
+            },
         },
     )
     whole = run(folder, sys.executable, "-m", "dvc", "repro").seconds
@@ -158,6 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--counts", default="10,25,50,100,200")
     parser.add_argument("--noop", type=int, default=0, help="videos for the no-op run; 0: leave it out")
+    parser.add_argument("--noop-shard", type=int, default=4, help="videos a shard in that run")
     parser.add_argument("--folder", type=Path, help="work here instead of in a temporary folder, and keep it")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -165,7 +167,7 @@ def main() -> None:
         growing = checkout(base / "growing")
         print(table(measure(growing, [int(c) for c in arguments.counts.split(",")])), flush=True)
         if arguments.noop:
-            noop(growing, base / "noop", arguments.noop)
+            noop(growing, base / "noop", arguments.noop, arguments.noop_shard)
 
 
 if __name__ == "__main__":

@@ -98,6 +98,12 @@ def _root() -> Path:
     return root
 
 
+def _console() -> Console:
+    console = Console()
+    console.width = max(console.width, 100)  # a log has no width: names and figures are not cut
+    return console
+
+
 def _profile(arguments: argparse.Namespace) -> int:
     if arguments.name is None:
         for name in profiles.available(_root()):
@@ -128,8 +134,7 @@ def _results(_: argparse.Namespace) -> int:
         if "skill" in row:
             cells = [f"{row[key]:.{digits}f}" if key in row else "-" for key, _, digits in COLUMNS]
             table.add_row(name, *cells)
-    console = Console()
-    console.width = max(console.width, 100)  # a log has no width: names and figures are not cut
+    console = _console()
     console.print(table)
     teacher = figures.get("teacher")
     if teacher:
@@ -143,13 +148,13 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
     _root()
     if arguments.stage is None:
-        Console().print(inspection.as_overview(WORK))
+        _console().print(inspection.as_overview(WORK))
         return 0
     stage = inspection.view(WORK, arguments.stage)
     if arguments.json:
         print(inspection.as_json(stage))
     else:
-        Console().print(inspection.as_table(stage))
+        _console().print(inspection.as_table(stage))
     return 0
 
 
