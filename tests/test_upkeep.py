@@ -82,8 +82,7 @@ def test_inspect_tells_state_sizes_quarantine_and_ranges(built: Workspace) -> No
 
 
 def test_inspect_works_on_a_stage_that_was_killed(built: Workspace) -> None:
-    built.set("occlusion.absolute", 1.5)
-    built.set("flow.gate.threshold", 17.0)
+    built.set("flow.resolution", [320, 480])  # slow enough to be looked at
     stage = subprocess.Popen(
         [sys.executable, "-m", "stages.flow"],
         cwd=built.folder,
