@@ -60,7 +60,10 @@ def change(folder: Path, overlay: dict[str, dict[str, object]]) -> None:
 def run(folder: Path, *command: str) -> Cost:
     """Run a command in the workspace, watching the memory of everything that it starts."""
     started = time.monotonic()
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # DVC calls `python`
+    process = subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     peak = [0]
     watcher = threading.Thread(target=watch, args=(process, peak))
     watcher.start()

@@ -13,12 +13,13 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any, Final
 
 import numpy as np
@@ -129,7 +130,8 @@ class VideoReader:
             self._pipe, theirs = self._context.Pipe()
             arguments = (theirs, self._frames, os.getpid())
             self._worker = self._context.Process(target=_serve, args=arguments, daemon=True, name="decoder")
-            self._worker.start()
+            with _no_main():
+                self._worker.start()
             theirs.close()
             self._await_start(self._worker, self._pipe)
         return self._worker, self._pipe, self._frames
@@ -181,6 +183,17 @@ class _SharedFrames:
         if (found := os.preadv(self._file.fileno(), [array.data], 0)) != array.nbytes:
             raise OSError(f"{found} of {array.nbytes} bytes of frames were shared")
         return array
+
+
+@contextmanager
+def _no_main() -> Iterator[None]:
+    """Start a process without loading our program's main module into it, which may be a stage with all of PyTorch."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _check_file(path: Path, expected_sha256: str | None) -> None:
