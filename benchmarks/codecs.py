@@ -103,7 +103,7 @@ def one_round(path: Path, videos: Sequence[np.ndarray], candidate: Candidate, re
             _ = array[0, s : s + CLIP]
             read.append(time.process_time() - start)
         if first:
-            result.stored.append(next(f for f in (path / "c").rglob("*") if f.is_file()).stat().st_size)
+            result.stored.append(next(path.glob("c.*")).stat().st_size)
             error = np.abs(candidate.unpack(np.asarray(array[0])) - video.astype(np.float32))
             result.worst = max(result.worst, float(error.max()))
             result.mean += float(error.mean()) / len(videos)

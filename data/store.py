@@ -70,7 +70,14 @@ class ArraySpec:
             fill_value=0,
             dimension_names=("video", *self.dims),
             attributes=self.attributes,
+            # Flat names: with the default, "/", each shard file has five folders to itself, and DVC walks every folder
+            # of every dependency (measured: 13 s for nothing to do, at 700 shards a stage).
+            chunk_key_encoding={"name": "default", "separator": "."},
         )
+
+    def shard_name(self, ordinal: int) -> str:
+        """The file of a shard, relative to the store's group."""
+        return f"{self.name}/c.{ordinal}" + ".0" * len(self.item)
 
 
 @dataclass(frozen=True)
@@ -200,11 +207,10 @@ def assemble(
     for ordinal, shard in enumerate(shards):
         files = {}
         for spec in specs:
-            tail = "/".join(["0"] * len(spec.item))
-            source = shard.folder / spec.name / "c" / "0" / tail
+            source = shard.folder / spec.shard_name(0)
             if not source.exists():
                 continue
-            target = group / spec.name / "c" / str(ordinal) / tail
+            target = group / spec.shard_name(ordinal)
             target.parent.mkdir(parents=True, exist_ok=True)
             os.link(source, target)
             digest = shard.digests.get(str(source.relative_to(shard.folder)))

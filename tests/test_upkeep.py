@@ -42,7 +42,7 @@ def command(workspace: Workspace, *arguments: str, ok: bool = True) -> str:
 
 
 def shard_of(workspace: Workspace, stage: str, name: str) -> Path:
-    return next(f for f in (workspace.folder / f"artifacts/{stage}/store.zarr/{name}/c/1").rglob("*") if f.is_file())
+    return next((workspace.folder / f"artifacts/{stage}/store.zarr/{name}").glob("c.1.*"))
 
 
 def flip(file: Path) -> None:
@@ -153,7 +153,7 @@ def test_repair_does_not_throw_away_shards_that_cannot_be_found_again(built: Wor
 def test_a_write_to_a_finished_shard_is_noticed_by_the_next_run(built: Workspace) -> None:
     """Without any verify: the file's time has changed, so it is hashed again, and differs."""
     before = built.digests("flow")
-    victim = next(newest(built).glob("*/flow_fwd/c/0/0/0/0/0"))
+    victim = next(newest(built).glob("*/flow_fwd/c.0.0.0.0.0"))
     flip(victim)
     os.utime(victim)
     built.module("stages.flow")
@@ -178,8 +178,8 @@ def test_adopt_proves_an_edit_on_a_sample_and_refuses_one_that_changes_results(b
     built.repro("-s", "decode")
     assert built.last_run("decode")["built"] == 0
     assert built.digests("decode")["store.zarr/frames/zarr.json"] == before["store.zarr/frames/zarr.json"]
-    shards = {name: digest for name, digest in before.items() if "/c/" in name}
-    assert {n: d for n, d in built.digests("decode").items() if "/c/" in n} == shards
+    shards = {name: digest for name, digest in before.items() if "/c." in name}
+    assert {n: d for n, d in built.digests("decode").items() if "/c." in n} == shards
     built.edit("stages/decode.py", '"frames": reader.read(', '"frames": 255 - reader.read(')
     said = command(built, "adopt", "decode", ok=False)
     assert "comes out differently" in said
