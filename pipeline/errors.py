@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
+from pathlib import Path
+
 
 class PipelineError(Exception):
     """Base: what is wrong, and what to do about it. ``exit_code`` is what the command ends with."""
@@ -33,6 +37,18 @@ class DiskFullError(PipelineError):
     """The disk is full; everything finished so far is kept."""
 
     exit_code = 4
+
+
+def disk_full(error: OSError, folder: Path, doing: str) -> DiskFullError | None:
+    """What to raise instead of an `OSError` that says that the disk of ``folder`` is full; None if it says else."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return None
+    free = shutil.disk_usage(folder).free
+    return DiskFullError(
+        f"the disk that holds {folder} is full ({free / 2**20:.0f} MiB free) while {doing}",
+        remedy="free space (`clevrcast clean`, `dvc gc -w`, or move .work and .dvc/cache) and run the same command "
+        "again: every finished unit is kept",
+    )
 
 
 class WorkspaceError(PipelineError):

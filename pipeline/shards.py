@@ -5,7 +5,6 @@ What is written where, and why it survives any interruption, stands in `pipeline
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import time
@@ -14,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
-from pipeline.errors import BusyError, DiskFullError
+from pipeline.errors import BusyError, disk_full
 from pipeline.journal import RETRY, BadItem, Built, Unit, find, lease, read_record, unit_files, write_record
 from pipeline.progress import Tick, progress
 
@@ -141,14 +140,9 @@ def _make(folder: Path, unit: Unit, make: Make, tick: Tick) -> Built:
             digests = write_record(partial, unit, bad, seconds)
             partial.rename(final)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                free = shutil.disk_usage(folder).free
+            if full := disk_full(error, folder, f"writing {unit.label}"):
                 shutil.rmtree(partial, ignore_errors=True)
-                raise DiskFullError(
-                    f"the disk that holds {folder} is full ({free / 2**20:.0f} MiB free) while writing {unit.label}",
-                    remedy="free space (`clevrcast clean`, `dvc gc -w`, or move .work and .dvc/cache) and run the "
-                    "same command again: every finished unit is kept",
-                ) from error
+                raise full from error
             raise
         _remove(previous)
     return Built(unit, final, bad, reused=False, seconds=seconds, files=digests)

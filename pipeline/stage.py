@@ -19,7 +19,7 @@ from typing import Any
 from pipeline.adoption import adopt, adoptable, adoption_sample
 from pipeline.code import closure, code_digest
 from pipeline.devices import devices
-from pipeline.errors import PipelineError, WorkspaceError
+from pipeline.errors import PipelineError, WorkspaceError, disk_full
 from pipeline.executors import Call, crew_for, helped_fingerprint, is_part, part_of, single_thread
 from pipeline.journal import BadItem, Built, Plan, Unit, digest_of, find, lease
 from pipeline.params import Params, load_params
@@ -202,7 +202,10 @@ def run_stage(name: str, run: Callable[[Job], None], *, keyed: bool = False) -> 
     except KeyboardInterrupt:
         print(f"{name}: stopped by Ctrl-C; finished units are kept", file=sys.stderr)
         raise SystemExit(130) from None
-    except Exception as error:
+    except Exception as raised:
+        error = raised
+        if isinstance(raised, OSError):  # while publishing: units see to theirs themselves
+            error = disk_full(raised, WORK, "publishing what is finished") or raised
         if not hasattr(error, "remedy"):
             raise  # a defect of ours: the traceback is the message
         print(f"\nerror in stage {' '.join([name, *arguments])}: {type(error).__name__}: {error}", file=sys.stderr)

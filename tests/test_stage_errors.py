@@ -201,7 +201,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_shard(root: Path, source: Path,
     for folder in (".work/flow", "artifacts/flow"):
         shutil.rmtree(workspace / folder)
     used = os.statvfs(small_disk).f_files - os.statvfs(small_disk).f_ffree
-    remount(small_disk, f"nr_inodes={used + 60}")
+    remount(small_disk, f"nr_inodes={used + 25}")
     code, said = stage(workspace, "flow")
     assert code == 4, said
     assert ".work/flow" in clear(said)
@@ -210,10 +210,17 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_shard(root: Path, source: Path,
     finished = len(list((workspace / ".work/flow").glob("*/*/unit.json")))
     assert 0 < finished < len(VIDEOS)
     assert not list((workspace / ".work/flow").glob("*/.*.building"))
+    remount(small_disk, f"nr_inodes={used + 60}")  # enough for the shards, too few to publish them
+    code, said = stage(workspace, "flow")
+    assert code == 4, said
+    assert "is full" in clear(said)
+    assert "while publishing what is finished" in said
+    assert not (workspace / "artifacts/flow/manifest.json").exists()
+    finished = len(VIDEOS)
     remount(small_disk, "nr_inodes=10000")
     code, said = stage(workspace, "flow")
     assert code == 0, said
-    assert f"{len(VIDEOS) - finished} units built, {finished} found ready" in said
+    assert f"0 units built, {finished} found ready" in said
     assert (workspace / "artifacts/flow/manifest.json").read_bytes() == manifest
 
 
