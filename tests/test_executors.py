@@ -28,6 +28,7 @@ def workspace(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Workspace
     source = write_source(folder / "source", [*range(UNITS - 1), 15000])
     (folder / "checkout").mkdir()
     workspace = local_workspace(root, folder / "checkout", source, {"train": "0-6", "test": "15000"}, 1)
+    workspace.set("flow.resolution", [320, 480])  # seconds a shard: long enough to lose a node in the middle
     for stage in ("acquire", "decode", "flow"):
         workspace.module(f"stages.{stage}", CLEVRCAST_EXECUTOR="serial")
     return workspace
@@ -124,7 +125,9 @@ def test_a_ray_cluster_that_loses_a_node_in_the_middle(
             stderr=stream,
         )
         deadline = time.monotonic() + 120
-        while not finished(workspace, "flow"):
+        # Until one shard is finished and both nodes are at work on others.
+        work = workspace.folder / ".work/flow"
+        while not finished(workspace, "flow") or len(list(work.glob("*/.*.building"))) < 2:
             assert time.monotonic() < deadline, log.read_text()
             assert stage.poll() is None, log.read_text()
             time.sleep(0.05)
