@@ -19,8 +19,7 @@ from pipeline.dag import stale_deps, write_deps
 from pipeline.errors import PipelineError, WorkspaceError
 from pipeline.executors import PART, part_of
 from pipeline.params import reference
-
-WORK = Path(".work")
+from pipeline.stage import WORK
 
 COLUMNS = (
     ("skill", "skill", 3),
