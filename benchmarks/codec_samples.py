@@ -16,7 +16,7 @@ from data.clevrer import FRAMES, annotation_path, official_split, read_annotatio
 from data.labels import label_video
 from data.store import FLOW_SCALE, ArraySpec, pack_flow
 from data.video import VideoReader
-from models.autoencoder import FrameVAE
+from models.autoencoder import BlockVAE
 from models.flow_teachers import FlowPair, build_teacher
 from models.occlusion import visibility
 from models.static_gate import gate_flow
@@ -180,7 +180,7 @@ def samples(root: Path, *, quick: bool, iterations: int) -> Iterator[Sample]:
 def latents(videos: list[np.ndarray]) -> Sample:
     """Latents of an untrained frame VAE: its principal components, where training starts from."""
     torch.manual_seed(0)
-    vae, pictures = FrameVAE(), [torch.from_numpy(v).permute(0, 3, 1, 2).float() / 255 for v in videos[:4]]
+    vae, pictures = BlockVAE(), [torch.from_numpy(v).permute(0, 3, 1, 2).float() / 255 for v in videos[:4]]
     with torch.inference_mode():
         vae.fit_basis(torch.cat([p[::8] for p in pictures]))
         vae.calibrate(p[::8] for p in pictures)

@@ -25,6 +25,11 @@ class Clip:
     - ``latents`` normalised per channel (mean 0, standard deviation 1 over the training split).
     - ``flow_bwd[:, k]`` lives on frame k+1 and points to frame k, in pixels of (h, w): the teacher's.
     - ``visible[:, k]`` in [0, 1] on the grid of frame k+1: 1 where warping frame k can be trusted.
+    - ``flow_latents[:, k]``: the flow VAE's normalised latents of ``flow_bwd[:, k]``.
+    - ``boxes``: (x0, y0, x1, y1) of the visible part of each annotated object in pixels of (h, w), zeros where
+      ``presence`` is 0; ``collision[:, k]`` is 1 when something collides between frame k-1 and frame k.
+    - ``labelled`` is 1 for windows of annotated videos. Elsewhere boxes, presence and collision are zeros that mean
+      nothing and must not count.
     """
 
     video: Int[Tensor, " b"]
@@ -33,6 +38,11 @@ class Clip:
     latents: Float[Tensor, "b t z hz wz"] | None = None
     flow_bwd: Float[Tensor, "b t-1 2 h w"] | None = None
     visible: Float[Tensor, "b t-1 1 h w"] | None = None
+    flow_latents: Float[Tensor, "b t-1 zf hf wf"] | None = None
+    boxes: Float[Tensor, "b t n 4"] | None = None
+    presence: Float[Tensor, "b t n"] | None = None
+    collision: Float[Tensor, "b t"] | None = None
+    labelled: Float[Tensor, " b"] | None = None
 
     def require(self, name: str) -> Tensor:
         """The field, or an error naming it: absent data never drops a loss term silently."""
@@ -55,7 +65,9 @@ class Context:
     visible: Float[Tensor, "b x-1 1 h w"]
 
 
-FIELDS = ("frames", "latents", "flow_bwd", "visible")
+LABELS = frozenset({"boxes", "presence", "collision"})
+"""Fields of a `Clip` that only annotated videos have; with any of them comes ``labelled``."""
+FIELDS = ("frames", "latents", "flow_bwd", "visible", "flow_latents", *sorted(LABELS))
 """Loadable fields of a `Clip`."""
 
 
@@ -75,7 +87,7 @@ class ClipSource:
             EmptyError: no video is left that every store holds.
         """
         self.stores, self.height, self.width, self.cache_bytes = stores, height, width, cache_bytes
-        held = [set(store.ids) for store in stores.values()]
+        held = [set(store.ids) for name, store in stores.items() if name not in LABELS]
         self.videos = tuple(v for v in sorted(videos) if all(v in ids for ids in held))
         if not self.videos:
             raise EmptyError(
@@ -83,7 +95,9 @@ class ClipSource:
                 f"({', '.join(f'{name}: {len(store.ids)} videos' for name, store in stores.items())})",
                 remedy="look at the quarantine in their manifests, and at acquire.videos",
             )
-        lengths = {int(store.specs[_ARRAYS[name][0]]["item"][0]) for name, store in stores.items() if name in _FRAMED}
+        lengths = {
+            int(store.specs[_ARRAYS[name][0]]["item"][0]) for name, store in stores.items() if name in _FRAMED | LABELS
+        }
         if len(lengths) > 1:
             raise StoreError(
                 f"the stores disagree on the number of frames: {sorted(lengths)}",
@@ -116,6 +130,9 @@ class ClipSource:
             for name in self.stores
         }
         video, start = (torch.tensor(column) for column in zip(*windows, strict=True))
+        if labels := LABELS & set(self.stores):
+            known = set(self.stores[min(labels)].ids)
+            loaded["labelled"] = torch.tensor([float(v in known) for v, _ in windows])
         return Clip(video=video, start=start, **loaded)
 
     def batches(self, length: int, batch: int, *, seed: int, first: int = 0) -> Iterator[Clip]:
@@ -142,12 +159,18 @@ class ClipSource:
             self._cached += whole.nbytes
         held = self._cache.get((name, video))
         part = held[start:stop] if held is not None else self._load(name, video, start, stop)
-        return part.float() / 255 if part.dtype == torch.uint8 else part.float()
+        return part.float() / 255 if name == "frames" else part.float()
 
     def _load(self, name: str, video: int, start: int, stop: int | None) -> Tensor:
         array, prepare = _ARRAYS[name]
-        stored = self.stores[name].read(array, video, start, stop)
-        return prepare(stored, self.height, self.width)
+        store = self.stores[name]
+        if name in LABELS and video not in store.ids:
+            return torch.zeros(len(range(self.length)[start:stop]), *store.specs[array]["item"][1:])
+        ready = prepare(store.read(array, video, start, stop), self.height, self.width)
+        if name == "boxes":
+            h, w = store.specs["instances"]["item"][1:3]
+            ready = ready * torch.tensor([self.width / w, self.height / h] * 2)
+        return ready
 
 
 def _frames(stored: np.ndarray, height: int, width: int) -> Tensor:
@@ -168,15 +191,19 @@ def _visible(stored: np.ndarray, height: int, width: int) -> Tensor:
     return resize_field(torch.from_numpy(stored.astype(np.float32) / 255)[:, None], height, width).half()
 
 
-def _latents(stored: np.ndarray, height: int, width: int) -> Tensor:
+def _as_stored(stored: np.ndarray, height: int, width: int) -> Tensor:
     return torch.from_numpy(stored)
 
 
 _ARRAYS: dict[str, tuple[str, Callable[[np.ndarray, int, int], Tensor]]] = {
     "frames": ("frames", _frames),
-    "latents": ("latents", _latents),
+    "latents": ("latents", _as_stored),
     "flow_bwd": ("flow_bwd", _flow),
     "visible": ("visible", _visible),
+    "flow_latents": ("latents", _as_stored),
+    "boxes": ("boxes", _as_stored),
+    "presence": ("presence", _as_stored),
+    "collision": ("collision", _as_stored),
 }
-_PAIRS = frozenset({"flow_bwd", "visible"})
+_PAIRS = frozenset({"flow_bwd", "visible", "flow_latents"})
 _FRAMED = frozenset({"frames", "latents"})

@@ -12,7 +12,8 @@ the input and the statistics of the latents travel with the weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -32,65 +33,34 @@ from models.blocks import ResidualBlock, zero_conv
 LOGVAR_AT_START = -10.0
 
 
-class FrameVAE(ModelMixin, ConfigMixin):
-    """Variational autoencoder of single images with a latent grid of (h / stride, w / stride).
+class LatentVAE(ModelMixin, ConfigMixin):
+    """What every autoencoder of single images here offers, whatever its networks.
 
-    Images come in their own units and are scaled inside: ``(x - shift) / scale``. Frames in [0, 1] take the default
-    0.5 and 0.5; optical flow in pixels takes ``in_channels=2, shift=0, scale=8``.
-
-    Latents that leave this class through `to_latents` are normalised per channel with the mean and standard
-    deviation of the training split (`calibrate`), which are saved with the weights.
+    Latents that leave through `to_latents` are normalised per channel with the mean and standard deviation of the
+    training split (`calibrate`), which are saved with the weights. Subclasses give ``encode`` and ``decode`` in
+    diffusers' words, ``stride`` (pixels per cell of the latent grid), ``latent_channels`` and ``scale`` (the size of
+    one unit inside the networks in units of the input).
     """
 
+    stride: int
+    latent_channels: int
+    scale: float
     latent_mean: Tensor
     latent_std: Tensor
     latent_gain: Tensor
 
-    @register_to_config
-    def __init__(
-        self,
-        *,
-        in_channels: int = 3,
-        latent_channels: int = 6,
-        stride: int = 2,
-        width: int = 32,
-        blocks: int = 1,
-        shift: float = 0.5,
-        scale: float = 0.5,
-    ) -> None:
-        super().__init__()
-        patch = in_channels * stride**2
-        if latent_channels > patch:
-            raise ValueError(
-                f"latent_channels={latent_channels} exceeds the {patch} values of a block of stride {stride}"
-            )
-        self.stride, self.shift, self.scale = stride, shift, scale
-        self.analysis = nn.Conv2d(patch, latent_channels, 1)
-        self.synthesis = nn.Conv2d(latent_channels, patch, 1)
-        self.encoder = _refiner(patch, width, blocks, 2 * latent_channels)
-        self.decoder = _refiner(latent_channels, width, blocks, patch)
-        self.register_buffer("latent_mean", torch.zeros(latent_channels))
-        self.register_buffer("latent_std", torch.ones(latent_channels))
-        self.register_buffer("latent_gain", torch.ones(latent_channels))
-        start = torch.eye(patch)[:latent_channels]
-        self._set_basis(start, torch.zeros(patch))
+    def _register_statistics(self) -> None:
+        self.register_buffer("latent_mean", torch.zeros(self.latent_channels))
+        self.register_buffer("latent_std", torch.ones(self.latent_channels))
+        self.register_buffer("latent_gain", torch.ones(self.latent_channels))
 
+    @abstractmethod
     def encode(self, x: Float[Tensor, "b c h w"]) -> AutoencoderKLOutput:
-        """The posterior of the latents, ``.latent_dist``, for images in the units of the input. Raises ValueError
-        if height or width is not divisible by the stride."""
-        _, _, h, w = x.shape
-        if h % self.stride or w % self.stride:
-            raise ValueError(f"height {h} and width {w} must be divisible by the stride {self.stride}")
-        patches = F.pixel_unshuffle((x - self.shift) / self.scale, self.stride)
-        linear = _in_float32(self.analysis, patches)
-        mean, logvar = self.encoder(patches).float().chunk(2, dim=1)
-        moments = torch.cat([linear + mean, logvar + LOGVAR_AT_START], dim=1)
-        return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(moments))  # pyright: ignore[reportArgumentType]
+        """The posterior of the latents, ``.latent_dist``, for images in the units of the input."""
 
+    @abstractmethod
     def decode(self, z: Float[Tensor, "b z hz wz"]) -> DecoderOutput:
         """``.sample``: images (b, c, h, w) in the units of the input, not clamped. ``z`` is not normalised."""
-        patches = _in_float32(self.synthesis, z) + self.decoder(z).float()
-        return DecoderOutput(sample=F.pixel_shuffle(patches, self.stride) * self.scale + self.shift)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> DecoderOutput:
         """Reconstruction from the posterior mean."""
@@ -110,21 +80,11 @@ class FrameVAE(ModelMixin, ConfigMixin):
 
     def to_frames(self, latents: Float[Tensor, "b z hz wz"]) -> Float[Tensor, "b c h w"]:
         """Decoded frames, clamped to [0, 1], from normalised latents."""
-        return self.decode(self.denormalise(latents)).sample.clamp(0, 1)
+        return self.from_latents(latents).clamp(0, 1)
 
-    @torch.no_grad()
-    def fit_basis(self, x: Float[Tensor, "b c h w"]) -> None:
-        """Start the block transform at the principal components of ``x``'s blocks, scaled to unit variance."""
-        patches = F.pixel_unshuffle((x.float() - self.shift) / self.scale, self.stride)
-        patches = rearrange(patches, "b p h w -> (b h w) p")
-        mean = patches.mean(0)
-        covariance = (patches - mean).T @ (patches - mean) / len(patches)
-        values, vectors = torch.linalg.eigh(covariance.double())
-        components = vectors.flip(1).T[: self.latent_mean.numel()].float()
-        deviation = values.flip(0)[: len(components)].clamp_min(1e-8).sqrt().float()
-        # The sign of an eigenvector is arbitrary; fixed here so that a seed means the same weights everywhere.
-        components = components * components.sum(1, keepdim=True).sign()
-        self._set_basis(components, mean, deviation)
+    def from_latents(self, latents: Float[Tensor, "b z hz wz"]) -> Float[Tensor, "b c h w"]:
+        """Decoded images in the units of the input, not clamped, from normalised latents."""
+        return self.decode(self.denormalise(latents)).sample
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Float[Tensor, "_ c h w"]]) -> None:
@@ -154,7 +114,7 @@ class FrameVAE(ModelMixin, ConfigMixin):
 
     def _measure_gain(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, " z"]:
         latents = self.to_latents(x)
-        plain = self.decode(self.denormalise(latents)).sample
+        plain = self.from_latents(latents)
         gains = []
         for channel in range(latents.shape[1]):
             # Alternating signs: the response to detail counts, not only to a shift of the whole image.
@@ -162,9 +122,76 @@ class FrameVAE(ModelMixin, ConfigMixin):
             nudge[:, channel] = 0.1
             nudge[:, channel, ::2, ::2] *= -1
             nudge[:, channel, 1::2, 1::2] *= -1
-            moved = self.decode(self.denormalise(latents + nudge)).sample
+            moved = self.from_latents(latents + nudge)
             gains.append((moved - plain).square().mean().sqrt() / 0.1)
         return torch.stack(gains)
+
+
+class BlockVAE(LatentVAE):
+    """The light architecture: a latent grid of (h / stride, w / stride) out of blocks of pixels.
+
+    Images come in their own units and are scaled inside: ``(x - shift) / scale``. Frames in [0, 1] take the default
+    0.5 and 0.5; optical flow in pixels takes ``in_channels=2, shift=0, scale=8``.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        *,
+        in_channels: int = 3,
+        latent_channels: int = 6,
+        stride: int = 2,
+        width: int = 32,
+        blocks: int = 1,
+        shift: float = 0.5,
+        scale: float = 0.5,
+    ) -> None:
+        super().__init__()
+        patch = in_channels * stride**2
+        if latent_channels > patch:
+            raise ValueError(
+                f"latent_channels={latent_channels} exceeds the {patch} values of a block of stride {stride}"
+            )
+        self.stride, self.shift, self.scale = stride, shift, scale
+        self.latent_channels = latent_channels
+        self.analysis = nn.Conv2d(patch, latent_channels, 1)
+        self.synthesis = nn.Conv2d(latent_channels, patch, 1)
+        self.encoder = _refiner(patch, width, blocks, 2 * latent_channels)
+        self.decoder = _refiner(latent_channels, width, blocks, patch)
+        self._register_statistics()
+        start = torch.eye(patch)[:latent_channels]
+        self._set_basis(start, torch.zeros(patch))
+
+    def encode(self, x: Float[Tensor, "b c h w"]) -> AutoencoderKLOutput:
+        """The posterior of the latents, ``.latent_dist``, for images in the units of the input. Raises ValueError
+        if height or width is not divisible by the stride."""
+        _, _, h, w = x.shape
+        if h % self.stride or w % self.stride:
+            raise ValueError(f"height {h} and width {w} must be divisible by the stride {self.stride}")
+        patches = F.pixel_unshuffle((x - self.shift) / self.scale, self.stride)
+        linear = _in_float32(self.analysis, patches)
+        mean, logvar = self.encoder(patches).float().chunk(2, dim=1)
+        moments = torch.cat([linear + mean, logvar + LOGVAR_AT_START], dim=1)
+        return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(moments))  # pyright: ignore[reportArgumentType]
+
+    def decode(self, z: Float[Tensor, "b z hz wz"]) -> DecoderOutput:
+        """``.sample``: images (b, c, h, w) in the units of the input, not clamped. ``z`` is not normalised."""
+        patches = _in_float32(self.synthesis, z) + self.decoder(z).float()
+        return DecoderOutput(sample=F.pixel_shuffle(patches, self.stride) * self.scale + self.shift)
+
+    @torch.no_grad()
+    def fit_basis(self, x: Float[Tensor, "b c h w"]) -> None:
+        """Start the block transform at the principal components of ``x``'s blocks, scaled to unit variance."""
+        patches = F.pixel_unshuffle((x.float() - self.shift) / self.scale, self.stride)
+        patches = rearrange(patches, "b p h w -> (b h w) p")
+        mean = patches.mean(0)
+        covariance = (patches - mean).T @ (patches - mean) / len(patches)
+        values, vectors = torch.linalg.eigh(covariance.double())
+        components = vectors.flip(1).T[: self.latent_mean.numel()].float()
+        deviation = values.flip(0)[: len(components)].clamp_min(1e-8).sqrt().float()
+        # The sign of an eigenvector is arbitrary; fixed here so that a seed means the same weights everywhere.
+        components = components * components.sum(1, keepdim=True).sign()
+        self._set_basis(components, mean, deviation)
 
     @torch.no_grad()
     def _set_basis(
@@ -190,7 +217,17 @@ def _in_float32(conv: nn.Conv2d, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "
         return conv(x.float())
 
 
-def load_vae(folder: Path) -> FrameVAE:
+@torch.no_grad()
+def encode_windows(vae: LatentVAE, windows: Float[Tensor, "b t c h w"]) -> Float[Tensor, "b t z hz wz"]:
+    """Normalised latents of windows of frames, or of flow; no gradient."""
+    return vae.to_latents(windows.flatten(0, 1)).float().unflatten(0, windows.shape[:2])
+
+
+Vaes = Mapping[str, LatentVAE]
+"""Autoencoders by what they encode: ``frame``, ``flow``."""
+
+
+def load_vae(folder: Path) -> LatentVAE:
     """The VAE saved in ``folder``, frozen and in evaluation mode."""
-    vae = FrameVAE.from_pretrained(str(folder), low_cpu_mem_usage=False)
+    vae = BlockVAE.from_pretrained(str(folder), low_cpu_mem_usage=False)
     return vae.eval().requires_grad_(False)

@@ -70,7 +70,7 @@ class Matching(nn.Module):
 
     Gives three channels on the latent grid: dx, dy (a backward flow of the observed pair, in cells of that grid) and
     the share of the best match. Costs are compared on cells twice as large, averaged over 3x3 of them; ``gain``
-    (`FrameVAE.latent_gain`) turns latents into what shows. Only the temperature is learned: matching has no notion
+    (`LatentVAE.latent_gain`) turns latents into what shows. Only the temperature is learned: matching has no notion
     of what objects look like, so it cannot learn its few training videos by heart.
     """
 

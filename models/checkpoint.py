@@ -1,7 +1,7 @@
 """Checkpoints of predictors: a folder that rebuilds the model on its own.
 
 ``model.safetensors`` holds the weights (without those of borrowed modules), ``meta.json`` everything else, readable:
-the predictor's name and options, the sizes it was built for, and the digest of the frame VAE that it worked with.
+the predictor's name and options, the sizes it was built for, and the digests of the autoencoders that it worked with.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data.errors import WeightsError
-from models.autoencoder import FrameVAE
+from models.autoencoder import LatentVAE, Vaes
 from models.predictor import Predictor, build
 
 WEIGHTS, META = "model.safetensors", "meta.json"
 
 
 class CheckpointMeta(BaseModel):
-    """``meta.json``. ``vae_digest`` is None for predictors without a frame VAE; ``extra`` is the caller's own."""
+    """``meta.json``. ``vae_digests`` are those of the autoencoders in use; ``extra`` is the caller's own."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -38,14 +38,16 @@ class CheckpointMeta(BaseModel):
     context: int
     steps: int
     weights_digest: str
-    vae_digest: str | None
+    vae_digests: dict[str, str]
     extra: dict[str, Any] = {}
 
 
 def digest(module: nn.Module) -> str:
     """sha256 over a module's own weights (name, type, shape and bytes of each) and, for a VAE, its configuration."""
     own = module.own_state() if isinstance(module, Predictor) else module.state_dict()
-    settings = {k: v for k, v in module.config.items() if not k.startswith("_")} if isinstance(module, FrameVAE) else {}
+    settings = (
+        {k: v for k, v in module.config.items() if not k.startswith("_")} if isinstance(module, LatentVAE) else {}
+    )
     return _digest(own, settings)
 
 
@@ -56,7 +58,7 @@ def save_checkpoint(
     name: str,
     options: dict[str, Any],
     steps: int,
-    vae: FrameVAE | None = None,
+    vaes: Vaes | None = None,
     extra: dict[str, Any] | None = None,
 ) -> CheckpointMeta:
     """Write ``folder``; ``name`` and ``options`` are those given to `models.predictor.build`.
@@ -76,7 +78,7 @@ def save_checkpoint(
         context=predictor.context,
         steps=steps,
         weights_digest=_digest(state, {}),
-        vae_digest=None if vae is None else digest(vae),
+        vae_digests={key: digest(vae) for key, vae in sorted((vaes or {}).items()) if key in predictor.needs_vaes},
         extra=extra or {},
     )
     unfinished = folder / (META + ".part")
@@ -96,24 +98,24 @@ def read_meta(folder: Path) -> CheckpointMeta:
         raise WeightsError(f"{path} is not a checkpoint's meta: {error}", remedy="train the predictor again") from error
 
 
-def load_predictor(folder: Path, *, vae: FrameVAE | None = None) -> Predictor:
-    """Rebuild a predictor, in evaluation mode, from its folder and the frame VAE that it was trained with.
+def load_predictor(folder: Path, *, vaes: Vaes | None = None) -> Predictor:
+    """Rebuild a predictor, in evaluation mode, from its folder and the autoencoders that it was trained with.
 
     Raises WeightsError, with both digests, if the weights or the VAE are not those of the checkpoint.
     """
     meta = read_meta(folder)
-    if meta.vae_digest is not None:
-        if vae is None:
-            raise WeightsError(
-                f"{folder} was trained with the frame VAE {meta.vae_digest}; none was given", remedy="give that VAE"
-            )
-        _compare(f"the frame VAE given for {folder}", digest(vae), meta.vae_digest, "give the VAE it was trained with")
+    vaes = vaes or {}
+    for key, expected in meta.vae_digests.items():
+        if key not in vaes:
+            raise WeightsError(f"{folder} was trained with the {key} VAE {expected}; none was given", remedy="give it")
+        what, remedy = f"the {key} VAE given for {folder}", "give the VAE it was trained with"
+        _compare(what, digest(vaes[key]), expected, remedy)
     try:
         state = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise WeightsError(f"{folder / WEIGHTS} cannot be read: {error}", remedy="train the predictor again") from error
     _compare(str(folder / WEIGHTS), _digest(state, {}), meta.weights_digest, "train the predictor again")
-    predictor = build(meta.name, meta.options, vae=vae, height=meta.height, width=meta.width, context=meta.context)
+    predictor = build(meta.name, meta.options, vaes=vaes, height=meta.height, width=meta.width, context=meta.context)
     load_own_state(predictor, state)
     return predictor.eval()
 

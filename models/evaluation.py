@@ -40,7 +40,9 @@ class Window:
 
     ``frames`` in [0, 1]; ``foreground`` (above 0.5: a moving or movable object) belongs to ``frames``.
     ``true_flow_bwd[:, k]`` lives on future frame k and points to the frame before it, in pixels of (h, w);
-    ``true_visible`` likewise, 1 where that pixel was visible in the frame before. None where there is no truth.
+    ``true_visible`` likewise, 1 where that pixel was visible in the frame before. ``true_boxes`` (x0, y0, x1, y1)
+    in pixels of (h, w), exclusive ends, where ``true_presence`` is 1; ``true_collision[:, k]`` is 1 when something
+    collides between the frame before and future frame k. None where there is no truth.
     """
 
     video: Int[Tensor, " b"]
@@ -50,6 +52,9 @@ class Window:
     foreground: Float[Tensor, "b y h w"] | Bool[Tensor, "b y h w"] | None = None
     true_flow_bwd: Float[Tensor, "b y 2 h w"] | None = None
     true_visible: Float[Tensor, "b y 1 h w"] | None = None
+    true_boxes: Float[Tensor, "b y n 4"] | None = None
+    true_presence: Float[Tensor, "b y n"] | None = None
+    true_collision: Float[Tensor, "b y"] | None = None
 
 
 @dataclass(frozen=True)

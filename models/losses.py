@@ -28,7 +28,7 @@ def latent_error(
     """Squared error of normalised latents per cell, each channel counted as much as it shows in the decoded picture.
 
     ``gain`` is the decoder's root-mean-square change in [0, 1] pixels per unit of each channel
-    (`FrameVAE.latent_gain`). Unweighted, the many faint channels of texture would drown the few that matter.
+    (`LatentVAE.latent_gain`). Unweighted, the many faint channels of texture would drown the few that matter.
     The channels' weights have mean 1, so the error of independent unit noise is 2.
     """
     weight = gain.square() / gain.square().mean()

@@ -4,7 +4,7 @@ Two verbs: ``forward(batch) -> (loss, logs)`` for training and ``rollout(context
 for prediction. One training loop (`models.training`) and one evaluation (`stages.evaluate`) serve them all.
 
 A predictor is one file in ``models/predictors/`` that holds ``Options`` (a strict frozen pydantic model) and one
-subclass of `Predictor` made by ``Class(options, vae=..., height=..., width=..., context=...)``; `find` and `build`
+subclass of `Predictor` made by ``Class(options, vaes=..., height=..., width=..., context=...)``; `find` and `build`
 need nothing more than the file's name.
 """
 
@@ -25,7 +25,7 @@ import models.predictors
 from data.clips import Clip, Context
 
 if TYPE_CHECKING:
-    from models.autoencoder import FrameVAE
+    from models.autoencoder import Vaes
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,17 @@ class Rollout:
     """Predictions for the ``y`` frames after the context; None where a predictor has no such head.
 
     ``frames`` in [0, 1]; ``flow_bwd[:, k]`` lives on predicted frame k and points to the frame before it, in
-    pixels of (h, w); ``visible`` likewise, in [0, 1].
+    pixels of (h, w); ``visible`` likewise, in [0, 1]. ``boxes`` are (x0, y0, x1, y1) in pixels of (h, w), ends
+    exclusive, of ``n`` slots in any order that one rollout keeps; ``presence`` in [0, 1] says how sure a slot is.
+    ``collision`` in [0, 1] is the probability that something collides between the frame before and this one.
     """
 
     frames: Float[Tensor, "b y 3 h w"]
     flow_bwd: Float[Tensor, "b y 2 h w"] | None = None
     visible: Float[Tensor, "b y 1 h w"] | None = None
+    boxes: Float[Tensor, "b y n 4"] | None = None
+    presence: Float[Tensor, "b y n"] | None = None
+    collision: Float[Tensor, "b y"] | None = None
 
 
 class Predictor(nn.Module, ABC):
@@ -46,16 +51,16 @@ class Predictor(nn.Module, ABC):
 
     - ``needs`` names the fields of `Clip` that ``forward`` reads (empty: no training). An instance may narrow or
       widen its class's, where that depends on its options: read it from the instance.
-    - ``borrowed`` names the submodules that are held frozen and belong to somebody else (the frame VAE): they are
+    - ``borrowed`` names the submodules that are held frozen and belong to somebody else (the autoencoders): they are
       neither trained nor saved with the predictor.
-    - ``needs_vae`` says whether it can be built without a frame VAE.
+    - ``needs_vaes`` names the autoencoders (``frame``, ``flow``) without which it cannot be built.
     - ``context`` is the number of observed frames: a training clip has ``context + k`` frames, and the loss covers
       the k frames after the context.
     """
 
     needs: ClassVar[frozenset[str]] | frozenset[str] = frozenset()  # pyright: ignore[reportGeneralTypeIssues]
     borrowed: ClassVar[frozenset[str]] = frozenset()
-    needs_vae: ClassVar[bool] = False
+    needs_vaes: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, *, height: int, width: int, context: int) -> None:
         super().__init__()
@@ -109,18 +114,20 @@ def find(name: str) -> tuple[type[BaseModel], type[Predictor]]:
     return module.Options, classes[0]
 
 
-def build(
-    name: str, options: dict[str, Any], *, vae: FrameVAE | None, height: int, width: int, context: int
-) -> Predictor:
+def build(name: str, options: dict[str, Any], *, vaes: Vaes, height: int, width: int, context: int) -> Predictor:
     """A predictor with fresh weights, made from plain options (checked strictly by its ``Options``).
 
-    ``height`` and ``width`` in pixels, ``context`` in frames. Raises ValueError for an unknown name or a missing VAE,
-    pydantic's ValidationError for options that do not exist or do not fit.
+    ``height`` and ``width`` in pixels, ``context`` in frames. It is given those of ``vaes`` that it needs. Raises
+    ValueError for an unknown name or a missing VAE, pydantic's ValidationError for options that do not exist or fit.
     """
     schema, kind = find(name)
-    if kind.needs_vae and vae is None:
-        raise ValueError(f"predictor {name!r} works on latents and needs a frame VAE; none was given")
+    if missing := sorted(kind.needs_vaes - set(vaes)):
+        raise ValueError(f"predictor {name!r} works on latents and needs a {missing[0]} VAE; none was given")
     constructor: Any = kind
     return constructor(
-        schema.model_validate(options), vae=vae if kind.needs_vae else None, height=height, width=width, context=context
+        schema.model_validate(options),
+        vaes={key: vaes[key] for key in sorted(kind.needs_vaes)},
+        height=height,
+        width=width,
+        context=context,
     )

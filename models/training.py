@@ -189,6 +189,10 @@ def crop(clip: Clip, frames: int) -> Clip:
         latents=cut(clip.latents, frames),
         flow_bwd=cut(clip.flow_bwd, frames - 1),
         visible=cut(clip.visible, frames - 1),
+        flow_latents=cut(clip.flow_latents, frames - 1),
+        boxes=cut(clip.boxes, frames),
+        presence=cut(clip.presence, frames),
+        collision=cut(clip.collision, frames),
     )
 
 

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from data.errors import EmptyError
-from models.autoencoder import FrameVAE
+from models.autoencoder import LatentVAE
 from models.losses import charbonnier, foreground_weight, weighted_mean
 from models.training import Progress, TrainingOptions, TrainResult, optimise
 from models.warp import backward_warp, resize_flow
@@ -31,7 +31,7 @@ class VaeOptions(TrainingOptions):
 class VaeObjective(nn.Module):
     """``forward(x) -> (loss, logs)``: Charbonnier reconstruction + KL + equivariance under sub-cell motion."""
 
-    def __init__(self, vae: FrameVAE, options: VaeOptions, generator: torch.Generator) -> None:
+    def __init__(self, vae: LatentVAE, options: VaeOptions, generator: torch.Generator) -> None:
         super().__init__()
         self.vae, self.options, self.generator = vae, options, generator
 
@@ -65,7 +65,7 @@ def random_flow(like: Float[Tensor, "b c h w"], largest: float, generator: torch
 
 
 def train_vae(
-    vae: FrameVAE,
+    vae: LatentVAE,
     batches: Iterator[Float[Tensor, "b c h w"]],
     options: VaeOptions,
     *,

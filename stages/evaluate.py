@@ -34,8 +34,8 @@ def run(job: Job) -> None:
     evaluation, block = job.params.evaluate, job.params.predictors[job.key]
     windows = Windows(job)
     _, kind = find(block.model)
-    vae = load_vae(ARTIFACTS / "vae" / "frame") if kind.needs_vae else None
-    predictor = load_predictor(ARTIFACTS / "train" / job.key, vae=vae)
+    vaes = {key: load_vae(ARTIFACTS / "vae" / key) for key in sorted(kind.needs_vaes)}
+    predictor = load_predictor(ARTIFACTS / "train" / job.key, vaes=vaes)
 
     def make(unit: Unit, folder: Path, tick: Tick) -> list[BadItem]:
         result = evaluate(predictor, windows.told(tick), name=job.key, seed=evaluation.seed, device=job.device)
@@ -44,7 +44,7 @@ def run(job: Job) -> None:
         write_json(folder / TIMINGS, {"frames_per_second": speed})
         return []
 
-    weights = digest(predictor) + (digest(vae) if vae is not None else "")
+    weights = digest(predictor) + "".join(digest(vae) for vae in vaes.values())
     fingerprint = job.fingerprint(
         [evaluation, job.params.decode.resolution], weights=weights, modules=[f"models/predictors/{block.model}.py"]
     )

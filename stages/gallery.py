@@ -9,7 +9,7 @@ from data.page import Figure, Gallery
 from data.picture import error_legend, error_picture, flow_legend, flow_picture, occlusion_overlay, panel, to_uint8
 from data.resize import resize_field, resize_flow
 from data.store import Store
-from models.autoencoder import FrameVAE
+from models.autoencoder import LatentVAE
 from pipeline.stage import ARTIFACTS, Job
 from stages.evaluate import Windows
 
@@ -53,7 +53,7 @@ def flow_gallery(job: Job, windows: Windows) -> tuple[Gallery, ...]:
 
 
 @torch.inference_mode()
-def reconstruction_gallery(windows: Windows, vae: FrameVAE, device: str) -> Gallery:
+def reconstruction_gallery(windows: Windows, vae: LatentVAE, device: str) -> Gallery:
     """Frames of the evaluation split with the smallest, the median and the largest reconstruction error."""
     best: list[tuple[float, int, int, np.ndarray, np.ndarray]] = []
     for window in windows:

@@ -15,7 +15,7 @@ import torch
 from data.chart import Chart, Curve
 from data.manifest import read_manifest, write_json
 from data.page import Clip, Interval, PageContent, Provenance, Quarantined, Row, Tile, Timing, build_page
-from models.autoencoder import FrameVAE, load_vae
+from models.autoencoder import LatentVAE, load_vae
 from models.evaluation import Evaluation, evaluate_reconstruction
 from models.metrics import METRICS, Estimate, Score, paired_difference, score
 from models.results import read_results
@@ -198,7 +198,7 @@ def _timings() -> list[Timing]:
     ]
 
 
-def _provenance(job: Job, vae: FrameVAE) -> tuple[Provenance, ...]:
+def _provenance(job: Job, vae: LatentVAE) -> tuple[Provenance, ...]:
     digests = [
         f"{body['stage']:24} {body['fingerprint']}"
         for manifest in sorted(ARTIFACTS.rglob("manifest.json"))

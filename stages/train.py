@@ -10,7 +10,7 @@ from data.catalog import Catalog
 from data.clips import ClipSource
 from data.manifest import write_json
 from data.store import Store
-from models.autoencoder import load_vae
+from models.autoencoder import Vaes, load_vae
 from models.checkpoint import digest, save_checkpoint
 from models.predictor import Predictor, build, find
 from models.training import TrainingOptions, train
@@ -25,6 +25,10 @@ STORES = {
     "flow_bwd": ARTIFACTS / "flow",
     "visible": ARTIFACTS / "occlusion",
     "latents": ARTIFACTS / "encode" / "frame",
+    "flow_latents": ARTIFACTS / "encode" / "flow",
+    "boxes": ARTIFACTS / "label",
+    "presence": ARTIFACTS / "label",
+    "collision": ARTIFACTS / "label",
 }
 """Which store holds which field of a clip."""
 
@@ -35,9 +39,9 @@ def run(job: Job) -> None:
     options_type, kind = find(block.model)
     options = check_options(options_type, block.options, f"predictors.{job.key}.options")
     training = check_options(TrainingOptions, block.training, f"predictors.{job.key}.training")
-    vae = load_vae(ARTIFACTS / "vae" / "frame") if kind.needs_vae else None
+    vaes = load_vaes(kind)
     torch.manual_seed(block.seed)
-    predictor = build(block.model, options.model_dump(), vae=vae, height=h, width=w, context=context)
+    predictor = build(block.model, options.model_dump(), vaes=vaes, height=h, width=w, context=context)
     source = clip_source(job, predictor) if predictor.needs else None
 
     def make(unit: Unit, folder: Path, tick: Tick) -> list[BadItem]:
@@ -54,18 +58,23 @@ def run(job: Job) -> None:
             steps = result.steps
             write_json(folder / "curves.json", result.curves)
         predictor.cpu()
-        save_checkpoint(folder, predictor, name=block.model, options=options.model_dump(), steps=steps, vae=vae)
+        save_checkpoint(folder, predictor, name=block.model, options=options.model_dump(), steps=steps, vaes=vaes)
         return []
 
     fingerprint = job.fingerprint(
         [block, context, (h, w)],
-        weights=digest(vae) if vae is not None else "",
+        weights="".join(digest(vae) for vae in vaes.values()),
         modules=[f"models/predictors/{block.model}.py"],
     )
     videos = source.videos if source is not None else ()
     digests = {store.shard_digest(v) for v in videos for store in (source.stores.values() if source else ())}
     unit = Unit(videos, tuple(sorted(digests)), job.title, steps=training.steps if source is not None else 1)
     build_folder(job, unit, make, fingerprint=fingerprint)
+
+
+def load_vaes(kind: type[Predictor]) -> Vaes:
+    """The autoencoders that predictors of this class need, from their stages."""
+    return {key: load_vae(ARTIFACTS / "vae" / key) for key in sorted(kind.needs_vaes)}
 
 
 def clip_source(job: Job, predictor: Predictor) -> ClipSource:

@@ -13,7 +13,7 @@ from torch import Tensor
 from data.catalog import Catalog
 from data.manifest import write_json
 from data.store import Store
-from models.autoencoder import FrameVAE
+from models.autoencoder import BlockVAE
 from models.vae_training import VaeOptions, train_vae
 from pipeline.journal import BadItem, Unit
 from pipeline.params import check_options
@@ -33,7 +33,7 @@ def run(job: Job) -> None:
 
     def make(unit: Unit, folder: Path, tick: Tick) -> list[BadItem]:
         torch.manual_seed(block.seed)
-        vae = FrameVAE(**block.options)
+        vae = BlockVAE(**block.options)
         pictures = Pictures(frames, train_ids)
         generator = torch.Generator().manual_seed(block.seed)
         result = train_vae(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from data.errors import EmptyError
-from models.autoencoder import FrameVAE, load_vae
+from models.autoencoder import BlockVAE, load_vae
 from models.checkpoint import digest
 from models.vae_training import VaeOptions, psnr, random_flow, train_vae
 
@@ -34,9 +34,9 @@ def pictures(count: int = 8, seed: int = 0) -> torch.Tensor:
     return slope
 
 
-def small_vae(**options: int) -> FrameVAE:
+def small_vae(**options: int) -> BlockVAE:
     torch.manual_seed(0)
-    return FrameVAE(**{"latent_channels": 12, "stride": 4, "width": 16, "blocks": 1, **options})
+    return BlockVAE(**{"latent_channels": 12, "stride": 4, "width": 16, "blocks": 1, **options})
 
 
 @pytest.mark.parametrize(("stride", "channels"), [(2, 4), (4, 16), (8, 32)])
@@ -87,7 +87,7 @@ def test_frames_are_clamped_and_samples_are_not() -> None:
 
 
 def test_flow_units_are_scaled_inside() -> None:
-    vae = FrameVAE(in_channels=2, latent_channels=32, stride=4, width=8, blocks=1, shift=0.0, scale=8.0)
+    vae = BlockVAE(in_channels=2, latent_channels=32, stride=4, width=8, blocks=1, shift=0.0, scale=8.0)
     flow = 5 * torch.randn(2, 2, 16, 16, generator=torch.Generator().manual_seed(0))
     vae.fit_basis(flow)
     torch.testing.assert_close(vae(flow).sample, flow, atol=1e-3, rtol=0)
@@ -123,7 +123,7 @@ def test_random_flow_stays_in_its_range() -> None:
 def test_training_improves_and_is_deterministic() -> None:
     options = VaeOptions(steps=12, learning_rate=6e-3, warmup=2, precision="float32", ema=0.5)
 
-    def run() -> tuple[FrameVAE, list[float]]:
+    def run() -> tuple[BlockVAE, list[float]]:
         vae = small_vae(latent_channels=6)
         result = train_vae(vae, repeat(pictures()), options, generator=torch.Generator().manual_seed(0))
         return vae, result.curves["loss"]

@@ -10,32 +10,34 @@ import torch
 
 from data.clips import Context
 from data.errors import WeightsError
-from models.autoencoder import FrameVAE
+from models.autoencoder import BlockVAE
 from models.checkpoint import digest, load_predictor, read_meta, save_checkpoint
 from models.predictor import Predictor, build
 
 OPTIONS = {"width": 16, "features": 16, "blocks": 2}
 
 
-def vae_with(seed: int) -> FrameVAE:
+def vae_with(seed: int) -> BlockVAE:
     torch.manual_seed(seed)
-    return FrameVAE(latent_channels=8, stride=4, width=8, blocks=1).eval()
+    return BlockVAE(latent_channels=8, stride=4, width=8, blocks=1).eval()
 
 
-def saved(folder: Path, vae: FrameVAE) -> Predictor:
+def saved(folder: Path, vae: BlockVAE) -> Predictor:
     torch.manual_seed(1)
-    predictor = build("latent_warp", dict(OPTIONS), vae=vae, height=32, width=48, context=4).eval()
+    predictor = build("latent_warp", dict(OPTIONS), vaes={"frame": vae}, height=32, width=48, context=4).eval()
     with torch.no_grad():
         for parameter in predictor.own_parameters().values():
             parameter.add_(0.02 * torch.randn(parameter.shape))
-    save_checkpoint(folder, predictor, name="latent_warp", options=dict(OPTIONS), steps=7, vae=vae, extra={"seed": 1})
+    save_checkpoint(
+        folder, predictor, name="latent_warp", options=dict(OPTIONS), steps=7, vaes={"frame": vae}, extra={"seed": 1}
+    )
     return predictor
 
 
 def test_round_trip_is_bit_equal(tmp_path: Path) -> None:
     vae = vae_with(0)
     predictor = saved(tmp_path / "run", vae)
-    again = load_predictor(tmp_path / "run", vae=vae_with(0))
+    again = load_predictor(tmp_path / "run", vaes={"frame": vae_with(0)})
     assert digest(again) == digest(predictor)
     assert not again.training
     generator = torch.Generator().manual_seed(0)
@@ -53,7 +55,7 @@ def test_meta_is_readable_and_the_vae_is_not_saved_twice(tmp_path: Path) -> None
     assert meta["name"] == "latent_warp"
     assert meta["options"] == OPTIONS
     assert meta["steps"] == 7
-    assert meta["vae_digest"] == digest(vae)
+    assert meta["vae_digests"] == {"frame": digest(vae)}
     assert meta["extra"] == {"seed": 1}
     assert {p.name for p in tmp_path.iterdir()} == {"meta.json", "model.safetensors"}
     assert b"vae." not in (tmp_path / "model.safetensors").read_bytes()[:20_000]
@@ -62,7 +64,7 @@ def test_meta_is_readable_and_the_vae_is_not_saved_twice(tmp_path: Path) -> None
 def test_another_vae_is_refused_with_both_digests(tmp_path: Path) -> None:
     saved(tmp_path, vae_with(0))
     with pytest.raises(WeightsError) as caught:
-        load_predictor(tmp_path, vae=vae_with(5))
+        load_predictor(tmp_path, vaes={"frame": vae_with(5)})
     assert digest(vae_with(0)) in str(caught.value)
     assert digest(vae_with(5)) in str(caught.value)
     with pytest.raises(WeightsError, match="none was given"):
@@ -84,10 +86,10 @@ def test_damaged_weights_are_refused(tmp_path: Path) -> None:
     data[-1] ^= 1
     path.write_bytes(bytes(data))
     with pytest.raises(WeightsError, match="has the digest"):
-        load_predictor(tmp_path, vae=vae)
+        load_predictor(tmp_path, vaes={"frame": vae})
     path.write_bytes(bytes(data[: len(data) // 2]))
     with pytest.raises(WeightsError, match="cannot be read"):
-        load_predictor(tmp_path, vae=vae)
+        load_predictor(tmp_path, vaes={"frame": vae})
 
 
 def test_an_unfinished_checkpoint_is_not_one(tmp_path: Path) -> None:
@@ -100,6 +102,6 @@ def test_an_unfinished_checkpoint_is_not_one(tmp_path: Path) -> None:
 
 
 def test_baselines_have_checkpoints_too(tmp_path: Path) -> None:
-    baseline = build("copy_last", {}, vae=None, height=32, width=48, context=4)
+    baseline = build("copy_last", {}, vaes={}, height=32, width=48, context=4)
     save_checkpoint(tmp_path, baseline, name="copy_last", options={}, steps=0)
     assert type(load_predictor(tmp_path)) is type(baseline)

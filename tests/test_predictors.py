@@ -6,7 +6,7 @@ A predictor is tested here by existing: put its file there and these tests run o
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import repeat
 from typing import Any
 
@@ -14,11 +14,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from data.clips import Clip, Context
-from models.autoencoder import FrameVAE
+from data.clips import FIELDS, Clip, Context
+from models.augmentation import roll_colours
+from models.autoencoder import BlockVAE, Vaes, encode_windows
 from models.losses import latent_error
 from models.predictor import Predictor, available, build, find
-from models.predictors.latent_warp import roll_colours
 from models.training import TrainingOptions, train
 from models.warp import advect_flow, backward_warp, resize_flow
 
@@ -29,13 +29,20 @@ SMALL: dict[str, dict[str, Any]] = {"latent_warp": {"width": 16, "features": 16,
 
 
 def scene(count: int = 2, seed: int = 0, frames: int = CONTEXT + HORIZON) -> Clip:
-    """Squares that move at constant velocity over a slope, with their true flow and visibility."""
+    """Squares that move at constant velocity over a slope, with their true flow, visibility and boxes. The last window
+    has no annotation."""
     generator = torch.Generator().manual_seed(seed)
     pictures = (
         torch.linspace(0.3, 0.6, HEIGHT)[None, None, None, :, None].expand(count, frames, 3, HEIGHT, WIDTH).clone()
     )
     flow_bwd = torch.zeros(count, frames - 1, 2, HEIGHT, WIDTH)
     visible = torch.ones(count, frames - 1, 1, HEIGHT, WIDTH)
+    boxes, presence, collision = (
+        torch.zeros(count, frames, 6, 4),
+        torch.zeros(count, frames, 6),
+        torch.zeros(count, frames),
+    )
+    labelled = (torch.arange(count) < max(count - 1, 1)).float()
     for i in range(count):
         y, x = (
             int(torch.randint(4, 16, (1,), generator=generator)),
@@ -44,11 +51,24 @@ def scene(count: int = 2, seed: int = 0, frames: int = CONTEXT + HORIZON) -> Cli
         colour = torch.rand(3, 1, 1, generator=generator)
         for k in range(frames):
             pictures[i, k, :, y : y + 8, x + 2 * k : x + 2 * k + 8] = colour
+            if labelled[i]:
+                boxes[i, k, 0] = torch.tensor([x + 2 * k, y, x + 2 * k + 8, y + 8]).float()
+                presence[i, k, 0], collision[i, k] = 1, float(k == CONTEXT + 1)
             if k:
                 flow_bwd[i, k - 1, 0, y : y + 8, x + 2 * k : x + 2 * k + 8] = -2
                 visible[i, k - 1, 0, y : y + 8, x + 2 * k - 2 : x + 2 * k] = 0
     numbers = torch.arange(count)
-    return Clip(video=numbers, start=numbers, frames=pictures, flow_bwd=flow_bwd, visible=visible)
+    return Clip(
+        video=numbers,
+        start=numbers,
+        frames=pictures,
+        flow_bwd=flow_bwd,
+        visible=visible,
+        boxes=boxes,
+        presence=presence,
+        collision=collision,
+        labelled=labelled,
+    )
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -61,18 +81,21 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def vae() -> FrameVAE:
+def vaes() -> Vaes:
     torch.manual_seed(0)
-    made = FrameVAE(latent_channels=12, stride=4, width=8, blocks=1)
-    pictures = scene(8).require("frames").flatten(0, 1)
-    made.fit_basis(pictures)
-    made.calibrate([pictures])
-    return made.eval().requires_grad_(False)
+    clip = scene(8)
+    pictures, flows = clip.require("frames").flatten(0, 1), clip.require("flow_bwd").flatten(0, 1)
+    frame = BlockVAE(latent_channels=12, stride=4, width=8, blocks=1)
+    flow = BlockVAE(in_channels=2, latent_channels=8, stride=4, width=8, blocks=1, shift=0.0, scale=8.0)
+    for made, images in ((frame, pictures), (flow, flows)):
+        made.fit_basis(images)
+        made.calibrate([images])
+    return {"frame": frame.eval().requires_grad_(False), "flow": flow.eval().requires_grad_(False)}
 
 
-def with_latents(clip: Clip, vae: FrameVAE) -> Clip:
-    frames = clip.require("frames")
-    return replace(clip, latents=vae.to_latents(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]))
+def with_latents(clip: Clip, vaes: Vaes) -> Clip:
+    latents = encode_windows(vaes["frame"], clip.require("frames"))
+    return replace(clip, latents=latents, flow_latents=encode_windows(vaes["flow"], clip.require("flow_bwd")))
 
 
 def observed(clip: Clip) -> Context:
@@ -80,9 +103,9 @@ def observed(clip: Clip) -> Context:
     return Context(frames[:, :CONTEXT], flow_bwd[:, : CONTEXT - 1], visible[:, : CONTEXT - 1])
 
 
-def made(name: str, vae: FrameVAE, **options: Any) -> Predictor:
+def made(name: str, vaes: Vaes, **options: Any) -> Predictor:
     torch.manual_seed(0)
-    return build(name, {**SMALL.get(name, {}), **options}, vae=vae, height=HEIGHT, width=WIDTH, context=CONTEXT)
+    return build(name, {**SMALL.get(name, {}), **options}, vaes=vaes, height=HEIGHT, width=WIDTH, context=CONTEXT)
 
 
 def shaken(predictor: Predictor) -> Predictor:
@@ -95,10 +118,10 @@ def shaken(predictor: Predictor) -> Predictor:
 
 
 @pytest.mark.parametrize("prior", ["none", "matching"])
-def test_latent_warp_without_teacher_reaches_every_parameter_too(prior: str, vae: FrameVAE) -> None:
-    predictor = shaken(made("latent_warp", vae, motion_prior=prior, flip=False)).train()
+def test_latent_warp_without_teacher_reaches_every_parameter_too(prior: str, vaes: Vaes) -> None:
+    predictor = shaken(made("latent_warp", vaes, motion_prior=prior, flip=False)).train()
     assert predictor.needs == {"latents", "flow_bwd", "visible"}
-    predictor(with_latents(scene(), vae))[0].backward()
+    predictor(with_latents(scene(), vaes))[0].backward()
     silent = [n for n, p in predictor.own_parameters().items() if p.grad is None or not p.grad.abs().sum() > 0]
     assert not silent
 
@@ -107,9 +130,9 @@ every_predictor = pytest.mark.parametrize("name", available())
 
 
 @every_predictor
-def test_rollout_keeps_the_contract(name: str, vae: FrameVAE) -> None:
+def test_rollout_keeps_the_contract(name: str, vaes: Vaes) -> None:
     with torch.no_grad():
-        out = shaken(made(name, vae)).rollout(observed(scene()), HORIZON, torch.Generator().manual_seed(0))
+        out = shaken(made(name, vaes)).rollout(observed(scene()), HORIZON, torch.Generator().manual_seed(0))
     assert out.frames.shape == (2, HORIZON, 3, HEIGHT, WIDTH)
     assert out.frames.min() >= 0
     assert out.frames.max() <= 1
@@ -118,11 +141,20 @@ def test_rollout_keeps_the_contract(name: str, vae: FrameVAE) -> None:
     if out.visible is not None:
         assert out.visible.shape == (2, HORIZON, 1, HEIGHT, WIDTH)
         assert 0 <= out.visible.min() <= out.visible.max() <= 1
+    if out.boxes is not None:
+        assert out.presence is not None
+        assert out.boxes.shape == (*out.presence.shape, 4)
+        assert out.presence.shape[:2] == (2, HORIZON)
+        assert 0 <= out.presence.min() <= out.presence.max() <= 1
+        assert (out.boxes[..., 2:] >= out.boxes[..., :2]).all()
+    if out.collision is not None:
+        assert out.collision.shape == (2, HORIZON)
+        assert 0 <= out.collision.min() <= out.collision.max() <= 1
 
 
 @every_predictor
-def test_nothing_of_the_future_reaches_a_rollout(name: str, vae: FrameVAE) -> None:
-    predictor, clip = shaken(made(name, vae)), scene()
+def test_nothing_of_the_future_reaches_a_rollout(name: str, vaes: Vaes) -> None:
+    predictor, clip = shaken(made(name, vaes)), scene()
     other = replace(clip, **{key: clip.require(key).clone() for key in ("frames", "flow_bwd", "visible")})
     noise = torch.Generator().manual_seed(2)
     other.require("frames")[:, CONTEXT:].uniform_(generator=noise)
@@ -130,21 +162,21 @@ def test_nothing_of_the_future_reaches_a_rollout(name: str, vae: FrameVAE) -> No
     other.require("visible")[:, CONTEXT - 1 :].uniform_(generator=noise)
     with torch.no_grad():
         a, b = (predictor.rollout(observed(c), HORIZON, torch.Generator().manual_seed(0)) for c in (clip, other))
-    for field in ("frames", "flow_bwd", "visible"):
+    for field in (f.name for f in fields(a)):
         left, right = getattr(a, field), getattr(b, field)
         assert (left is None) == (right is None)
         assert left is None or torch.equal(left, right)
 
 
 @every_predictor
-def test_the_loss_reaches_every_parameter(name: str, vae: FrameVAE) -> None:
-    predictor = made(name, vae)
+def test_the_loss_reaches_every_parameter(name: str, vaes: Vaes) -> None:
+    predictor = made(name, vaes)
     if not predictor.needs:
         with pytest.raises(TypeError, match="without training"):
             predictor(scene())
         return
     shaken(predictor).train()
-    loss, logs = predictor(with_latents(scene(), vae))
+    loss, logs = predictor(with_latents(scene(), vaes))
     loss.backward()
     assert loss.isfinite()
     assert logs
@@ -155,11 +187,11 @@ def test_the_loss_reaches_every_parameter(name: str, vae: FrameVAE) -> None:
 
 
 @every_predictor
-def test_it_reads_only_what_it_needs(name: str, vae: FrameVAE) -> None:
-    predictor, clip = made(name, vae), with_latents(scene(), vae)
+def test_it_reads_only_what_it_needs(name: str, vaes: Vaes) -> None:
+    predictor, clip = made(name, vaes), with_latents(scene(), vaes)
     if not predictor.needs:
         return
-    unneeded = {"frames", "latents", "flow_bwd", "visible"} - predictor.needs
+    unneeded = {*FIELDS} - predictor.needs
     predictor(replace(clip, **dict.fromkeys(unneeded)))
     for field in predictor.needs:
         with pytest.raises(ValueError, match=field):
@@ -167,17 +199,17 @@ def test_it_reads_only_what_it_needs(name: str, vae: FrameVAE) -> None:
 
 
 @every_predictor
-def test_options_are_strict(name: str, vae: FrameVAE) -> None:
+def test_options_are_strict(name: str, vaes: Vaes) -> None:
     with pytest.raises(ValidationError, match="colour"):
-        made(name, vae, colour="red")
+        made(name, vaes, colour="red")
     for field in find(name)[0].model_fields.values():
         assert field.description
 
 
 @every_predictor
 @pytest.mark.slow
-def test_it_learns_one_clip(name: str, vae: FrameVAE) -> None:
-    predictor, clip = made(name, vae), with_latents(scene(), vae)
+def test_it_learns_one_clip(name: str, vaes: Vaes) -> None:
+    predictor, clip = made(name, vaes), with_latents(scene(), vaes)
     if not predictor.needs:
         return
     options = TrainingOptions(steps=15, learning_rate=5e-3, warmup=2, ema=0.0, precision="float32", horizon_ramp=0.0)
@@ -186,11 +218,11 @@ def test_it_learns_one_clip(name: str, vae: FrameVAE) -> None:
 
 
 @every_predictor
-def test_same_seed_same_weights(name: str, vae: FrameVAE) -> None:
-    clip = with_latents(scene(), vae)
-    if not made(name, vae).needs:
+def test_same_seed_same_weights(name: str, vaes: Vaes) -> None:
+    clip = with_latents(scene(), vaes)
+    if not made(name, vaes).needs:
         return
-    first, second = made(name, vae), made(name, vae)
+    first, second = made(name, vaes), made(name, vaes)
     for predictor in (first, second):
         train(predictor, repeat(clip), TrainingOptions(steps=2, precision="float32"))
     assert all(torch.equal(a, b) for a, b in zip(first.own_state().values(), second.own_state().values(), strict=True))
@@ -203,14 +235,14 @@ def test_an_unknown_predictor_lists_those_there_are() -> None:
 
 def test_latent_warp_without_a_vae_is_an_error() -> None:
     with pytest.raises(ValueError, match="needs a frame VAE"):
-        build("latent_warp", {}, vae=None, height=HEIGHT, width=WIDTH, context=CONTEXT)
+        build("latent_warp", {}, vaes={}, height=HEIGHT, width=WIDTH, context=CONTEXT)
 
 
-def test_latent_warp_without_prior_starts_as_copy_last(vae: FrameVAE) -> None:
-    predictor, context = made("latent_warp", vae, motion_prior="none"), observed(scene())
+def test_latent_warp_without_prior_starts_as_copy_last(vaes: Vaes) -> None:
+    predictor, context = made("latent_warp", vaes, motion_prior="none"), observed(scene())
     with torch.no_grad():
         out = predictor.rollout(context, HORIZON, torch.Generator())
-    last = vae(context.frames[:, -1]).sample.clamp(0, 1)
+    last = vaes["frame"](context.frames[:, -1]).sample.clamp(0, 1)
     for k in range(HORIZON):
         torch.testing.assert_close(out.frames[:, k], last, atol=0.005 * (k + 1), rtol=0)
     assert out.flow_bwd is not None
@@ -219,42 +251,44 @@ def test_latent_warp_without_prior_starts_as_copy_last(vae: FrameVAE) -> None:
     assert out.visible.min() > 0.99
 
 
-def test_latent_warp_with_prior_starts_as_advection_of_latents(vae: FrameVAE) -> None:
-    predictor, context = made("latent_warp", vae, motion_prior="teacher"), observed(scene())
+def test_latent_warp_with_prior_starts_as_advection_of_latents(vaes: Vaes) -> None:
+    predictor, context = made("latent_warp", vaes, motion_prior="teacher"), observed(scene())
     with torch.no_grad():
         out = predictor.rollout(context, HORIZON, torch.Generator())
-    latent = vae.to_latents(context.frames[:, -1])
+    latent = vaes["frame"].to_latents(context.frames[:, -1])
     flow_bwd = resize_flow(context.flow_bwd[:, -1], HEIGHT // 2, WIDTH // 2)
     for k in range(HORIZON):
         flow_bwd = advect_flow(flow_bwd)
         latent = backward_warp(latent, resize_flow(flow_bwd, HEIGHT // 4, WIDTH // 4))
-        torch.testing.assert_close(out.frames[:, k], vae.to_frames(latent), atol=0.005 * (k + 1), rtol=0)
+        torch.testing.assert_close(out.frames[:, k], vaes["frame"].to_frames(latent), atol=0.005 * (k + 1), rtol=0)
 
 
-def test_the_prior_follows_a_square_that_moves_on(vae: FrameVAE) -> None:
-    clip = with_latents(scene(), vae)
+def test_the_prior_follows_a_square_that_moves_on(vaes: Vaes) -> None:
+    clip = with_latents(scene(), vaes)
     truth = clip.require("latents")
 
     def error(prior: str) -> float:
         with torch.no_grad():
-            predictor: Any = made("latent_warp", vae, motion_prior=prior)
+            predictor: Any = made("latent_warp", vaes, motion_prior=prior)
             steps = predictor.unroll([truth[:, k] for k in range(CONTEXT)], clip.require("flow_bwd")[:, 2], HORIZON)
-        errors = [latent_error(s.latent, truth[:, CONTEXT + k], vae.latent_gain).mean() for k, s in enumerate(steps)]
+        errors = [
+            latent_error(s.latent, truth[:, CONTEXT + k], vaes["frame"].latent_gain).mean() for k, s in enumerate(steps)
+        ]
         return float(torch.stack(errors).mean())
 
     assert error("teacher") < 0.6 * error("none")
     assert error("matching") < error("none")  # little: a step of two pixels is a quarter of a cell of the matches
 
 
-def test_latent_warp_never_trains_or_saves_the_vae(vae: FrameVAE) -> None:
-    predictor = made("latent_warp", vae).train()
+def test_latent_warp_never_trains_or_saves_the_vae(vaes: Vaes) -> None:
+    predictor = made("latent_warp", vaes).train()
     assert not any(name.startswith("vae") for name in {**predictor.own_parameters(), **predictor.own_state()})
     assert not predictor.get_submodule("vae").training
 
 
-def test_latent_warp_names_the_sides_that_do_not_fit(vae: FrameVAE) -> None:
+def test_latent_warp_names_the_sides_that_do_not_fit(vaes: Vaes) -> None:
     with pytest.raises(ValueError, match="width 40 must be divisible by the VAE's stride 4 times coarsen=4"):
-        build("latent_warp", {}, vae=vae, height=32, width=40, context=CONTEXT)
+        build("latent_warp", {}, vaes=vaes, height=32, width=40, context=CONTEXT)
 
 
 def test_recoloured_windows_keep_their_motion_and_their_grey() -> None:

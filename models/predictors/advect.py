@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from data.clips import Clip, Context
-from models.autoencoder import FrameVAE
+from models.autoencoder import Vaes
 from models.predictor import Predictor, Rollout
 from models.warp import advect_flow, backward_warp
 
@@ -22,7 +22,7 @@ class Options(BaseModel):
 class Advect(Predictor):
     """Warps the pixels of the last frame with the teacher's last observed flow, again and again."""
 
-    def __init__(self, options: Options, *, vae: FrameVAE | None, height: int, width: int, context: int) -> None:
+    def __init__(self, options: Options, *, vaes: Vaes, height: int, width: int, context: int) -> None:
         super().__init__(height=height, width=width, context=context)
         if context < 2:
             raise ValueError(f"advect needs the flow between two observed frames; context is {context}")

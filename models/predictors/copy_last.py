@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from data.clips import Clip, Context
-from models.autoencoder import FrameVAE
+from models.autoencoder import Vaes
 from models.predictor import Predictor, Rollout
 
 
@@ -22,7 +22,7 @@ class Options(BaseModel):
 class CopyLast(Predictor):
     """Repeats the last observed frame."""
 
-    def __init__(self, options: Options, *, vae: FrameVAE | None, height: int, width: int, context: int) -> None:
+    def __init__(self, options: Options, *, vaes: Vaes, height: int, width: int, context: int) -> None:
         super().__init__(height=height, width=width, context=context)
 
     def forward(self, batch: Clip) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:

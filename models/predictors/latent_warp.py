@@ -15,13 +15,13 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from data.clips import Clip, Context
-from models.autoencoder import FrameVAE
+from models.augmentation import augment
+from models.autoencoder import Vaes, encode_windows
 from models.blocks import Matching, Trunk, coordinates
 from models.heads import FlowHead, OcclusionHead, ResidualHead
 from models.losses import flow_error, latent_error, visibility_error, weighted_mean
@@ -79,9 +79,9 @@ class LatentWarp(Predictor):
     """See the module. Latents are normalised, flow is carried on a grid of ``flow_stride`` pixels per cell."""
 
     borrowed = frozenset({"vae"})
-    needs_vae = True
+    needs_vaes = frozenset({"frame"})
 
-    def __init__(self, options: Options, *, vae: FrameVAE, height: int, width: int, context: int) -> None:
+    def __init__(self, options: Options, *, vaes: Vaes, height: int, width: int, context: int) -> None:
         super().__init__(height=height, width=width, context=context)
         if options.motion_prior == "matching" and not options.matching:
             raise ValueError("motion_prior is matching and its radius, matching, is 0")
@@ -89,8 +89,8 @@ class LatentWarp(Predictor):
             raise ValueError(f"context is {context}; it must hold past={options.past} latents")
         self.options = options
         self.needs = frozenset({"frames" if options.flip else "latents", "flow_bwd", "visible"})
-        self.vae = vae.eval().requires_grad_(False)
-        z, stride = int(vae.config["latent_channels"]), int(vae.config["stride"])
+        self.vae = vaes["frame"].eval().requires_grad_(False)
+        z, stride = self.vae.latent_channels, self.vae.stride
         for side, pixels in (("height", height), ("width", width)):
             if pixels % (stride * options.coarsen) or pixels % options.flow_stride:
                 raise ValueError(
@@ -151,21 +151,13 @@ class LatentWarp(Predictor):
         return loss, {name: value.detach() for name, value in logs.items()}
 
     def _targets(self, batch: Clip) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents, the teacher's flow and visibility, with every other window mirrored where ``flip`` is on.
-
-        The camera is fixed, upright and centred, so a mirrored CLEVRER is one too, but for its lamps. Latents cannot
-        be mirrored: they are encoded anew.
-        """
-        teacher, visible = batch.require("flow_bwd").float(), batch.require("visible").float()
+        """Latents, the teacher's flow and visibility, with every other window mirrored where ``flip`` is on."""
         if not self.options.flip:
-            return batch.require("latents").float(), teacher, visible
-        frames = mirror_odd(batch.require("frames"))
-        if self.options.recolour:
-            frames = roll_colours(frames)
-        with torch.no_grad():
-            latents = self.vae.to_latents(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
-        sign = torch.tensor([-1.0, 1.0], device=teacher.device)[:, None, None]
-        return latents, mirror_odd(teacher, sign), mirror_odd(visible)
+            latents = batch.require("latents").float()
+        else:
+            batch = augment(batch, mirror=True, recolour=self.options.recolour)
+            latents = encode_windows(self.vae, batch.require("frames"))
+        return latents, batch.require("flow_bwd").float(), batch.require("visible").float()
 
     def unroll(self, observed: list[Latent], last_flow_bwd: Float[Tensor, "b 2 h w"], horizon: int) -> list[Step]:
         """``horizon`` steps from the observed latents and the last observed flow, in pixels."""
@@ -186,9 +178,7 @@ class LatentWarp(Predictor):
 
     def rollout(self, context: Context, horizon: int, generator: torch.Generator) -> Rollout:
         """Encode the observed frames, step in latent space, decode. Nothing is drawn from ``generator``."""
-        x = context.frames.shape[1]
-        latents = self.vae.to_latents(rearrange(context.frames, "b x c h w -> (b x) c h w"))
-        observed = list(rearrange(latents, "(b x) c h w -> x b c h w", x=x))
+        observed = list(encode_windows(self.vae, context.frames).unbind(1))
         steps = self.unroll(observed, context.flow_bwd[:, -1], horizon)
         size = (self.height, self.width)
         masks = [torch.sigmoid(F.interpolate(s.visible_logits, size, mode="bilinear")) for s in steps]
@@ -197,21 +187,3 @@ class LatentWarp(Predictor):
             flow_bwd=torch.stack([resize_flow(s.flow_bwd, *size) for s in steps], 1),
             visible=torch.stack(masks, 1),
         )
-
-
-def roll_colours(windows: Float[Tensor, "b t 3 h w"]) -> Float[Tensor, "b t 3 h w"]:
-    """Windows 2, 3, 6, 7, ... with their channels rolled by one, so that every colour moves in every way."""
-    out = windows.clone()
-    for k in range(len(windows)):
-        if k // 2 % 2:
-            out[k] = windows[k].roll(1 + k // 4 % 2, dims=1)
-    return out
-
-
-def mirror_odd(
-    windows: Float[Tensor, "b t c h w"], sign: Float[Tensor, "c 1 1"] | None = None
-) -> Float[Tensor, "b t c h w"]:
-    """Windows 1, 3, 5, ... of the batch mirrored left to right, their channels times ``sign``: dx changes its own."""
-    out = windows.clone()
-    out[1::2] = windows[1::2].flip(-1) * (1.0 if sign is None else sign)
-    return out
