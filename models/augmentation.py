@@ -13,6 +13,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from data.clips import Clip
+from models.autoencoder import LatentVAE, encode_windows
+
+
+def latent_targets(vae: LatentVAE, batch: Clip, *, flip: bool, recolour: bool) -> Clip:
+    """The batch with float32 ``latents``: those of the store, or, with ``flip``, of frames of which every other window
+    is mirrored (and, with ``recolour``, half have other colours); its other fields are mirrored alike."""
+    if not flip:
+        return replace(batch, latents=batch.require("latents").float())
+    batch = augment(batch, mirror=True, recolour=recolour)
+    return replace(batch, latents=encode_windows(vae, batch.require("frames")))
 
 
 def augment(batch: Clip, *, mirror: bool, recolour: bool) -> Clip:

@@ -7,6 +7,7 @@ identity and stays well scaled (Fixup, Zhang et al. 2019, arXiv 1901.09321), and
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +64,14 @@ def coordinates(like: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 2 h w"]:
     ys = torch.linspace(-1, 1, h, device=like.device, dtype=like.dtype)
     xs = torch.linspace(-1, 1, w, device=like.device, dtype=like.dtype)
     return torch.stack([xs[None, :].expand(h, w), ys[:, None].expand(h, w)])[None].expand(b, -1, -1, -1)
+
+
+def motion_stack(latents: Sequence[Float[Tensor, "b z hz wz"]], past: int) -> Float[Tensor, "b c hz wz"]:
+    """What a network needs to see motion: the last latent, the ``past - 1`` changes before it, the latest first, and
+    `coordinates`: ``c = past z + 2`` channels. Before the first latent nothing changed."""
+    recent = [latents[max(len(latents) - 1 - k, 0)] for k in range(past)]
+    changes = [new - old for new, old in pairwise(recent)]
+    return torch.cat([recent[0], *changes, coordinates(recent[0])], dim=1)
 
 
 class Matching(nn.Module):

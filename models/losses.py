@@ -5,10 +5,17 @@ Weights are the caller's affair: a predictor adds these terms with its own optio
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+
+Norm = Literal["l1", "l2"]
+
+# Windows in which nothing moves have nothing to be relative to. In units of `latent_error`.
+COPYING_FLOOR: dict[Norm, float] = {"l1": 0.02, "l2": 0.005}
 
 
 def charbonnier(difference: Float[Tensor, "*shape"], eps: float = 1e-3) -> Float[Tensor, "*shape"]:
@@ -23,16 +30,46 @@ def weighted_mean(value: Float[Tensor, "b c h w"], weight: Float[Tensor, "b #c h
 
 
 def latent_error(
-    predicted: Float[Tensor, "b z h w"], target: Float[Tensor, "b z h w"], gain: Float[Tensor, " z"]
+    predicted: Float[Tensor, "b z h w"],
+    target: Float[Tensor, "b z h w"],
+    gain: Float[Tensor, " z"],
+    *,
+    norm: Norm = "l2",
 ) -> Float[Tensor, "b 1 h w"]:
-    """Squared error of normalised latents per cell, each channel counted as much as it shows in the decoded picture.
+    """Error of normalised latents per cell, squared or (``l1``) absolute, each channel counted as much as it shows.
 
     ``gain`` is the decoder's root-mean-square change in [0, 1] pixels per unit of each channel
     (`LatentVAE.latent_gain`). Unweighted, the many faint channels of texture would drown the few that matter.
-    The channels' weights have mean 1, so the error of independent unit noise is 2.
+    The channels' weights have mean 1, so the squared error of independent unit noise is 2.
     """
+    if norm == "l1":
+        return ((predicted.float() - target.float()).abs() * (gain / gain.mean())[:, None, None]).mean(1, keepdim=True)
     weight = gain.square() / gain.square().mean()
     return ((predicted.float() - target.float()).square() * weight[:, None, None]).mean(1, keepdim=True)
+
+
+def copying_error(
+    last: Float[Tensor, "b z h w"],
+    target: Float[Tensor, "b z h w"],
+    gain: Float[Tensor, " z"],
+    *,
+    norm: Norm = "l2",
+) -> Float[Tensor, ""]:
+    """Mean `latent_error` of copying the last observed latent, plus a small floor: what errors are divided by."""
+    return latent_error(last, target, gain, norm=norm).mean() + COPYING_FLOOR[norm]
+
+
+def relative_latent_error(
+    predicted: Float[Tensor, "b z h w"],
+    target: Float[Tensor, "b z h w"],
+    last: Float[Tensor, "b z h w"],
+    gain: Float[Tensor, " z"],
+    *,
+    norm: Norm = "l2",
+) -> Float[Tensor, ""]:
+    """Mean `latent_error` as a share of that of copying the ``last`` observed latent, so that near and far frames,
+    and batches with much and with little motion, count alike: 1 (less the floor's share) is copying, 0 is perfect."""
+    return latent_error(predicted, target, gain, norm=norm).mean() / copying_error(last, target, gain, norm=norm)
 
 
 def flow_error(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from models.blocks import Matching, ResidualBlock, Trunk, coordinates
+from models.blocks import Matching, ResidualBlock, Trunk, coordinates, motion_stack
 
 
 def test_a_residual_block_starts_as_the_identity() -> None:
@@ -20,6 +20,12 @@ def test_coordinates_run_from_left_to_right_and_down() -> None:
     grid = coordinates(torch.zeros(1, 7, 3, 5))
     assert grid[0, 0, 0].tolist() == [-1.0, -0.5, 0.0, 0.5, 1.0]
     assert grid[0, 1, :, 0].tolist() == [-1.0, 0.0, 1.0]
+
+
+def test_the_motion_stack_holds_the_present_and_the_changes_before_it() -> None:
+    a, b, c = (torch.full((1, 1, 2, 2), value) for value in (1.0, 3.0, 7.0))
+    assert motion_stack([a, b, c], 3)[0, :, 0, 0].tolist() == [7.0, 4.0, 2.0, -1.0, -1.0]
+    assert motion_stack([a, b], 4)[0, :, 0, 0].tolist() == [3.0, 2.0, 0.0, 0.0, -1.0, -1.0]
 
 
 def test_matching_points_from_the_present_back_to_the_previous_latent() -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from models.losses import (
+    COPYING_FLOOR,
+    Norm,
     charbonnier,
+    copying_error,
     flow_error,
     foreground_weight,
     latent_error,
+    relative_latent_error,
     visibility_error,
     weighted_mean,
 )
@@ -40,6 +45,25 @@ def test_latent_error_counts_what_shows() -> None:
     noise = torch.randn(2, 64, 40, 40, generator=torch.Generator().manual_seed(0))
     other = torch.randn(2, 64, 40, 40, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(latent_error(noise, other, torch.ones(64)).mean(), torch.tensor(2.0), rtol=0.02, atol=0)
+
+
+def test_the_absolute_latent_error_by_hand() -> None:
+    predicted, target = torch.tensor([1.0, -2.0]), torch.tensor([0.0, 1.0])
+    error = latent_error(
+        predicted[None, :, None, None], target[None, :, None, None], torch.tensor([3.0, 1.0]), norm="l1"
+    )
+    torch.testing.assert_close(error.squeeze(), torch.tensor((1 * 1.5 + 3 * 0.5) / 2))
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_relative_error_is_one_for_copying_and_zero_for_the_truth(norm: Norm) -> None:
+    last, target = (torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(k)) for k in range(2))
+    gain = torch.tensor([1.0, 2.0, 3.0])
+    assert relative_latent_error(target, target, last, gain, norm=norm) == 0
+    copying = copying_error(last, target, gain, norm=norm)
+    expected = (copying - COPYING_FLOOR[norm]) / copying
+    torch.testing.assert_close(relative_latent_error(last, target, last, gain, norm=norm), expected)
+    assert relative_latent_error(target, target, target, gain, norm=norm) == 0
 
 
 def test_predicting_no_motion_costs_as_much_as_the_objects_move() -> None:

@@ -20,11 +20,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from data.clips import Clip, Context
-from models.augmentation import augment
+from models.augmentation import latent_targets
 from models.autoencoder import Vaes, encode_windows
 from models.blocks import Matching, Trunk, coordinates
 from models.heads import FlowHead, OcclusionHead, ResidualHead
-from models.losses import flow_error, latent_error, visibility_error, weighted_mean
+from models.losses import copying_error, flow_error, latent_error, visibility_error, weighted_mean
 from models.predictor import Predictor, Rollout
 from models.warp import advect_flow, backward_warp, resize_flow
 
@@ -58,10 +58,6 @@ class Options(BaseModel):
     mask: float = Field(default=0.3, ge=0, description="weight of the visibility's error")
     warped: float = Field(default=0.1, ge=0, description="weight of the same of the warped latent where it is visible")
     residual: float = Field(default=0.01, ge=0, description="weight of the residual's mean size")
-
-
-# Windows in which nothing moves have nothing to be relative to.
-COPYING_FLOOR = 0.005
 
 
 @dataclass(frozen=True)
@@ -132,14 +128,15 @@ class LatentWarp(Predictor):
 
     def forward(self, batch: Clip) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
         """Mean over the predicted frames of every term; the rollout is unrolled and trained through."""
-        latents, teacher, visible = self._targets(batch)
+        batch = latent_targets(self.vae, batch, flip=self.options.flip, recolour=self.options.recolour)
+        latents, teacher, visible = (batch.require(name).float() for name in ("latents", "flow_bwd", "visible"))
         x = self.context
         steps = self.unroll([latents[:, k] for k in range(x)], teacher[:, x - 2], latents.shape[1] - x)
         grid, gain = latents.shape[-2:], self.vae.latent_gain
         terms: dict[str, list[Tensor]] = {"latent": [], "flow": [], "mask": [], "warped": [], "residual": []}
         for k, step in enumerate(steps, start=x):
             true_visible = F.interpolate(visible[:, k - 1], grid, mode="area")
-            copying = latent_error(latents[:, x - 1], latents[:, k], gain).mean() + COPYING_FLOOR
+            copying = copying_error(latents[:, x - 1], latents[:, k], gain)
             terms["latent"].append(latent_error(step.latent, latents[:, k], gain).mean() / copying)
             terms["flow"].append(flow_error(resize_flow(step.flow_bwd, *grid), resize_flow(teacher[:, k - 1], *grid)))
             terms["mask"].append(visibility_error(step.visible_logits, true_visible))
@@ -149,15 +146,6 @@ class LatentWarp(Predictor):
         logs = {name: torch.stack(values).mean() for name, values in terms.items()}
         loss = sum((getattr(self.options, name) * value for name, value in logs.items()), start=torch.zeros(()))
         return loss, {name: value.detach() for name, value in logs.items()}
-
-    def _targets(self, batch: Clip) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents, the teacher's flow and visibility, with every other window mirrored where ``flip`` is on."""
-        if not self.options.flip:
-            latents = batch.require("latents").float()
-        else:
-            batch = augment(batch, mirror=True, recolour=self.options.recolour)
-            latents = encode_windows(self.vae, batch.require("frames"))
-        return latents, batch.require("flow_bwd").float(), batch.require("visible").float()
 
     def unroll(self, observed: list[Latent], last_flow_bwd: Float[Tensor, "b 2 h w"], horizon: int) -> list[Step]:
         """``horizon`` steps from the observed latents and the last observed flow, in pixels."""
