@@ -1,233 +1,155 @@
-"""The frame VAE: a learned block transform plus small convolutional networks that refine it.
+"""The autoencoders by name: made from options, read from folders.
 
-An image is cut into blocks of ``stride`` x ``stride`` pixels. Their principal components (fitted once, before
-training) are the latent's starting point, and a linear map back is the decoder's: at stride 2 with 6 channels this
-alone reconstructs CLEVRER at 52 dB. Zero-initialised networks on the latent grid then learn what is not linear, and
-one thing above all: that a latent warped by a fraction of a cell decodes to the picture warped by as much
-(equivariance as in EQ-VAE, Kouzelis et al. 2025, arXiv 2502.09509), which predictors that move latents live on.
-
-The words are those of diffusers (``encode(x).latent_dist``, ``decode(z).sample``, ``save_pretrained``); scaling of
-the input and the statistics of the latents travel with the weights.
+``block`` is `BlockVAE` and ``kl`` is `KLVAE`. What is encoded decides on channels and scaling: ``frame`` stands for
+RGB frames in [0, 1], ``flow`` for optical flow in pixels. Folders are in diffusers' layout (``config.json`` and
+``diffusion_pytorch_model.safetensors``); pickled weights are never read.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import torch
-import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
-from diffusers.models.modeling_outputs import AutoencoderKLOutput
-from diffusers.models.modeling_utils import ModelMixin
-from einops import rearrange
-from jaxtyping import Float
-from torch import Tensor, nn
+from diffusers.utils import logging
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError
 
-from data.errors import EmptyError, NonFiniteError
-from models.blocks import ResidualBlock, zero_conv
+from data.errors import WeightsError
+from models.block_vae import BlockVAE
+from models.kl_vae import KLVAE
+from models.latent_vae import LatentVAE, Vaes, encode_windows
 
-# Posterior standard deviation at the start, in units of the latents' own: exp(-5) = 0.7 %.
-LOGVAR_AT_START = -10.0
+__all__ = ["KLVAE", "BlockVAE", "LatentVAE", "Vaes", "encode_windows", "load_vae"]
 
-
-class LatentVAE(ModelMixin, ConfigMixin):
-    """What every autoencoder of single images here offers, whatever its networks.
-
-    Latents that leave through `to_latents` are normalised per channel with the mean and standard deviation of the
-    training split (`calibrate`), which are saved with the weights. Subclasses give ``encode`` and ``decode`` in
-    diffusers' words, ``stride`` (pixels per cell of the latent grid), ``latent_channels`` and ``scale`` (the size of
-    one unit inside the networks in units of the input).
-    """
-
-    stride: int
-    latent_channels: int
-    scale: float
-    latent_mean: Tensor
-    latent_std: Tensor
-    latent_gain: Tensor
-
-    def _register_statistics(self) -> None:
-        self.register_buffer("latent_mean", torch.zeros(self.latent_channels))
-        self.register_buffer("latent_std", torch.ones(self.latent_channels))
-        self.register_buffer("latent_gain", torch.ones(self.latent_channels))
-
-    @abstractmethod
-    def encode(self, x: Float[Tensor, "b c h w"]) -> AutoencoderKLOutput:
-        """The posterior of the latents, ``.latent_dist``, for images in the units of the input."""
-
-    @abstractmethod
-    def decode(self, z: Float[Tensor, "b z hz wz"]) -> DecoderOutput:
-        """``.sample``: images (b, c, h, w) in the units of the input, not clamped. ``z`` is not normalised."""
-
-    def forward(self, x: Float[Tensor, "b c h w"]) -> DecoderOutput:
-        """Reconstruction from the posterior mean."""
-        return self.decode(self.encode(x).latent_dist.mean)
-
-    def normalise(self, z: Float[Tensor, "b z hz wz"]) -> Float[Tensor, "b z hz wz"]:
-        """Latents with mean 0 and standard deviation 1 per channel over the split of `calibrate`."""
-        return (z - self.latent_mean[:, None, None]) / self.latent_std[:, None, None]
-
-    def denormalise(self, latents: Float[Tensor, "b z hz wz"]) -> Float[Tensor, "b z hz wz"]:
-        """The inverse of `normalise`."""
-        return latents * self.latent_std[:, None, None] + self.latent_mean[:, None, None]
-
-    def to_latents(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b z hz wz"]:
-        """Normalised posterior means: what stores keep and predictors see."""
-        return self.normalise(self.encode(x).latent_dist.mean)
-
-    def to_frames(self, latents: Float[Tensor, "b z hz wz"]) -> Float[Tensor, "b c h w"]:
-        """Decoded frames, clamped to [0, 1], from normalised latents."""
-        return self.from_latents(latents).clamp(0, 1)
-
-    def from_latents(self, latents: Float[Tensor, "b z hz wz"]) -> Float[Tensor, "b c h w"]:
-        """Decoded images in the units of the input, not clamped, from normalised latents."""
-        return self.decode(self.denormalise(latents)).sample
-
-    @torch.no_grad()
-    def calibrate(self, batches: Iterable[Float[Tensor, "_ c h w"]]) -> None:
-        """Measure the latents' mean and deviation per channel over the training split, and the decoder's gain.
-
-        The gain is the root-mean-square change of the decoded image (in units of the input) when one channel of the
-        normalised latent changes by one everywhere. Raises EmptyError without batches, NonFiniteError if the
-        encoder produces NaN or infinity.
-        """
-        count = 0
-        total, squares = torch.zeros_like(self.latent_mean).double(), torch.zeros_like(self.latent_std).double()
-        example = None
-        for x in batches:
-            z = self.encode(x).latent_dist.mean.double()
-            total, squares = total + z.sum((0, 2, 3)), squares + z.square().sum((0, 2, 3))
-            count += z.numel() // z.shape[1]
-            example = x[:4] if example is None else example
-        if example is None:
-            raise EmptyError("no images to calibrate the latents with", remedy="check the training split of the store")
-        mean = total / count
-        std = (squares / count - mean.square()).clamp_min(1e-12).sqrt()
-        if not torch.isfinite(std).all():
-            raise NonFiniteError("the latents' statistics are not finite", remedy="lower the VAE's learning_rate")
-        self.latent_mean.copy_(mean)
-        self.latent_std.copy_(std)
-        self.latent_gain.copy_(self._measure_gain(example))
-
-    def _measure_gain(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, " z"]:
-        latents = self.to_latents(x)
-        plain = self.from_latents(latents)
-        gains = []
-        for channel in range(latents.shape[1]):
-            # Alternating signs: the response to detail counts, not only to a shift of the whole image.
-            nudge = torch.zeros_like(latents)
-            nudge[:, channel] = 0.1
-            nudge[:, channel, ::2, ::2] *= -1
-            nudge[:, channel, 1::2, 1::2] *= -1
-            moved = self.from_latents(latents + nudge)
-            gains.append((moved - plain).square().mean().sqrt() / 0.1)
-        return torch.stack(gains)
+CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+KINDS: Mapping[str, type[LatentVAE]] = {"block": BlockVAE, "kl": KLVAE}
+"""Architecture -> class."""
+INPUTS: Mapping[str, Mapping[str, Any]] = {
+    "frame": {"in_channels": 3, "shift": 0.5, "scale": 0.5},
+    "flow": {"in_channels": 2, "shift": 0.0, "scale": 8.0},
+}
+"""What a VAE of this key encodes: channels, and units of the networks as ``(x - shift) / scale``."""
+_CLASSES: Mapping[str, type[LatentVAE]] = {"BlockVAE": BlockVAE, "KLVAE": KLVAE, "AutoencoderKL": KLVAE}
+_STATISTICS = {"latent_mean", "latent_std", "latent_gain"}
 
 
-class BlockVAE(LatentVAE):
-    """The light architecture: a latent grid of (h / stride, w / stride) out of blocks of pixels.
+class BlockOptions(BaseModel):
+    """Of `BlockVAE`."""
 
-    Images come in their own units and are scaled inside: ``(x - shift) / scale``. Frames in [0, 1] take the default
-    0.5 and 0.5; optical flow in pixels takes ``in_channels=2, shift=0, scale=8``.
-    """
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    @register_to_config
-    def __init__(
-        self,
-        *,
-        in_channels: int = 3,
-        latent_channels: int = 6,
-        stride: int = 2,
-        width: int = 32,
-        blocks: int = 1,
-        shift: float = 0.5,
-        scale: float = 0.5,
-    ) -> None:
-        super().__init__()
-        patch = in_channels * stride**2
-        if latent_channels > patch:
-            raise ValueError(
-                f"latent_channels={latent_channels} exceeds the {patch} values of a block of stride {stride}"
-            )
-        self.stride, self.shift, self.scale = stride, shift, scale
-        self.latent_channels = latent_channels
-        self.analysis = nn.Conv2d(patch, latent_channels, 1)
-        self.synthesis = nn.Conv2d(latent_channels, patch, 1)
-        self.encoder = _refiner(patch, width, blocks, 2 * latent_channels)
-        self.decoder = _refiner(latent_channels, width, blocks, patch)
-        self._register_statistics()
-        start = torch.eye(patch)[:latent_channels]
-        self._set_basis(start, torch.zeros(patch))
-
-    def encode(self, x: Float[Tensor, "b c h w"]) -> AutoencoderKLOutput:
-        """The posterior of the latents, ``.latent_dist``, for images in the units of the input. Raises ValueError
-        if height or width is not divisible by the stride."""
-        _, _, h, w = x.shape
-        if h % self.stride or w % self.stride:
-            raise ValueError(f"height {h} and width {w} must be divisible by the stride {self.stride}")
-        patches = F.pixel_unshuffle((x - self.shift) / self.scale, self.stride)
-        linear = _in_float32(self.analysis, patches)
-        mean, logvar = self.encoder(patches).float().chunk(2, dim=1)
-        moments = torch.cat([linear + mean, logvar + LOGVAR_AT_START], dim=1)
-        return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(moments))  # pyright: ignore[reportArgumentType]
-
-    def decode(self, z: Float[Tensor, "b z hz wz"]) -> DecoderOutput:
-        """``.sample``: images (b, c, h, w) in the units of the input, not clamped. ``z`` is not normalised."""
-        patches = _in_float32(self.synthesis, z) + self.decoder(z).float()
-        return DecoderOutput(sample=F.pixel_shuffle(patches, self.stride) * self.scale + self.shift)
-
-    @torch.no_grad()
-    def fit_basis(self, x: Float[Tensor, "b c h w"]) -> None:
-        """Start the block transform at the principal components of ``x``'s blocks, scaled to unit variance."""
-        patches = F.pixel_unshuffle((x.float() - self.shift) / self.scale, self.stride)
-        patches = rearrange(patches, "b p h w -> (b h w) p")
-        mean = patches.mean(0)
-        covariance = (patches - mean).T @ (patches - mean) / len(patches)
-        values, vectors = torch.linalg.eigh(covariance.double())
-        components = vectors.flip(1).T[: self.latent_mean.numel()].float()
-        deviation = values.flip(0)[: len(components)].clamp_min(1e-8).sqrt().float()
-        # The sign of an eigenvector is arbitrary; fixed here so that a seed means the same weights everywhere.
-        components = components * components.sum(1, keepdim=True).sign()
-        self._set_basis(components, mean, deviation)
-
-    @torch.no_grad()
-    def _set_basis(
-        self, components: Float[Tensor, "z p"], mean: Float[Tensor, " p"], deviation: Float[Tensor, " z"] | None = None
-    ) -> None:
-        """analysis(u) = components (u - mean) / deviation; synthesis is its transpose and the inverse scaling."""
-        deviation = torch.ones(len(components), device=components.device) if deviation is None else deviation
-        forward = components / deviation[:, None]
-        back = (components * deviation[:, None]).T
-        for conv, weight, bias in ((self.analysis, forward, -forward @ mean), (self.synthesis, back, mean)):
-            conv.weight.copy_(weight[:, :, None, None])
-            conv.bias.copy_(bias)  # pyright: ignore[reportOptionalMemberAccess]
+    latent_channels: int = Field(default=6, ge=1, description="channels of the latent, at most those of a block")
+    stride: int = Field(default=2, ge=1, description="pixels per cell of the latent grid")
+    width: int = Field(default=32, ge=1, description="channels of the refining networks")
+    blocks: int = Field(default=1, ge=0, description="residual blocks of each refining network")
 
 
-def _refiner(inputs: int, width: int, blocks: int, outputs: int) -> nn.Sequential:
-    stack = [ResidualBlock(width) for _ in range(blocks)]
-    return nn.Sequential(nn.Conv2d(inputs, width, 3, padding=1), *stack, nn.SiLU(), zero_conv(width, outputs))
+class KLOptions(BaseModel):
+    """Of `KLVAE`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    latent_channels: int = Field(default=4, ge=1, description="channels of the latent")
+    block_out_channels: tuple[int, ...] = Field(
+        default=(32, 64), min_length=1, description="width of each level; every further level halves the grid"
+    )
+    layers_per_block: int = Field(default=1, ge=1, description="residual blocks per level")
+    norm_num_groups: int = Field(default=8, ge=1, description="groups of GroupNorm; divides every width")
+    mid_block_add_attention: bool = Field(default=True, description="self-attention on the latent grid")
 
 
-def _in_float32(conv: nn.Conv2d, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h w"]:
-    # bfloat16 has 8 bits: through it the block transform alone would cost more than the whole network gains.
-    with torch.autocast(device_type=x.device.type, enabled=False):
-        return conv(x.float())
+OPTIONS: Mapping[str, type[BlockOptions | KLOptions]] = {"block": BlockOptions, "kl": KLOptions}
 
 
-@torch.no_grad()
-def encode_windows(vae: LatentVAE, windows: Float[Tensor, "b t c h w"]) -> Float[Tensor, "b t z hz wz"]:
-    """Normalised latents of windows of frames, or of flow; no gradient."""
-    return vae.to_latents(windows.flatten(0, 1)).float().unflatten(0, windows.shape[:2])
-
-
-Vaes = Mapping[str, LatentVAE]
-"""Autoencoders by what they encode: ``frame``, ``flow``."""
+def build_vae(architecture: str, key: str, options: BaseModel) -> LatentVAE:
+    """An untrained VAE for ``key``, with weights by torch's global generator. Raises ValueError where options clash."""
+    return KINDS[architecture](**options.model_dump(), **INPUTS[key])
 
 
 def load_vae(folder: Path) -> LatentVAE:
-    """The VAE saved in ``folder``, frozen and in evaluation mode."""
-    vae = BlockVAE.from_pretrained(str(folder), low_cpu_mem_usage=False)
-    return vae.eval().requires_grad_(False)
+    """The VAE saved in ``folder``, frozen and in evaluation mode.
+
+    Raises WeightsError if it is absent, damaged, of a class not known here, or has no statistics of its latents.
+    """
+    vae, calibrated = read_vae(folder)
+    if not calibrated:
+        raise WeightsError(
+            f"{folder} holds no statistics of its latents", remedy="name it as vae.KEY.pretrained and run that stage"
+        )
+    return vae
+
+
+def read_vae(folder: Path) -> tuple[LatentVAE, bool]:
+    """The VAE of a folder saved here or of a plain `AutoencoderKL` of diffusers, frozen and in evaluation mode.
+
+    The second value says whether the latents' statistics came with it. Raises WeightsError if the folder holds none,
+    if it is damaged, or naming what of its weights does not fit.
+    """
+    name = str(_read_config(folder).get("_class_name"))
+    if name not in _CLASSES:
+        raise WeightsError(
+            f"{folder / CONFIG} says _class_name {name!r}, known are {', '.join(_CLASSES)}",
+            remedy="give the folder of an autoencoder (of a whole pipeline, its subfolder vae)",
+        )
+    if not (folder / WEIGHTS).is_file():
+        raise WeightsError(f"{folder} has no {WEIGHTS}", remedy="save it as safetensors: nothing else is loaded")
+    remedy = "train or fetch it again"
+    loud = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would call for training where only our statistics are missing
+    try:
+        loaded: Any = _CLASSES[name].from_pretrained(
+            str(folder),
+            low_cpu_mem_usage=False,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
+        raise WeightsError(f"{folder} cannot be loaded: {str(error)[:500]}", remedy=remedy) from error
+    finally:
+        logging.set_verbosity(loud)
+    vae, info = loaded
+    missing = set(info["missing_keys"])
+    calibrated = not missing & _STATISTICS
+    wrong = [f"{key} is missing" for key in sorted(missing - _STATISTICS)]
+    wrong += [f"{key} is unknown" for key in sorted(info["unexpected_keys"])]
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise WeightsError(f"{folder / WEIGHTS} does not fit: {', '.join(wrong[:5])}{more}", remedy=remedy)
+    return vae.eval().requires_grad_(False), calibrated
+
+
+def read_pretrained(folder: Path, architecture: str, key: str, options: BaseModel) -> tuple[LatentVAE, bool]:
+    """As `read_vae`, of this architecture and for this key, and with every option that is set. Else WeightsError."""
+    vae, calibrated = read_vae(folder)
+    kind = next(name for name, known in KINDS.items() if type(vae) is known)
+    wanted = {"architecture": architecture, **options.model_dump(mode="json", exclude_unset=True), **INPUTS[key]}
+    found = {**vae.config, "architecture": kind}
+    wrong = [f"{name} is {_plain(found[name])} instead of {value}" for name, value in wanted.items()
+             if _plain(found[name]) != value]  # fmt: skip
+    if wrong:
+        raise WeightsError(
+            f"{folder} is not the {key} VAE asked for: {', '.join(wrong)}",
+            remedy=f"set vae.{key}.architecture and vae.{key}.options as they are in the folder (options may be left "
+            "out), or give another folder",
+        )
+    return vae, calibrated
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / CONFIG
+    if not file.is_file():
+        raise WeightsError(f"there is no autoencoder in {folder} ({CONFIG} is absent)", remedy="train it, or fetch it")
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise WeightsError(f"{file} is not JSON: {error}", remedy="train or fetch it again") from error
+    if not isinstance(config, dict):
+        raise WeightsError(f"{file} holds no mapping", remedy="train or fetch it again")
+    return config

@@ -117,3 +117,8 @@ def foreground_weight(pictures: Float[Tensor, "b c h w"], strength: float) -> Fl
     empty = pictures.median(dim=0, keepdim=True).values
     deviation = (pictures - empty).abs().amax(1, keepdim=True) / pictures.std().clamp_min(1e-6)
     return 1 + strength * torch.tanh(deviation)
+
+
+def motion_weight(flow: Float[Tensor, "b 2 h w"], strength: float, *, moving: float = 0.25) -> Float[Tensor, "b 1 h w"]:
+    """1 where ``flow`` is at most ``moving`` pixels long, ``1 + strength`` where it is longer."""
+    return 1 + strength * (flow.norm(dim=1, keepdim=True) > moving)

@@ -175,8 +175,15 @@ class Trainable(Section):
     """Of the weights, the order of the data and the noise."""
 
 
+VaeKey = Literal["frame", "flow"]
+"""What an autoencoder encodes."""
+
+
 class Vae(Trainable):
-    pass
+    architecture: Literal["block", "kl"] = "block"
+    """A block transform with small networks, or diffusers' AutoencoderKL."""
+    pretrained: str | None = None
+    """The folder of a VAE of ours or of diffusers' AutoencoderKL to start from; with training.steps: 0, to use."""
 
 
 class PredictorBlock(Trainable):
@@ -221,13 +228,15 @@ class Params(Section):
     label: Label
     flow: Flow
     occlusion: Occlusion
-    vae: dict[Literal["frame"], Vae]
+    vae: dict[VaeKey, Vae]
     predictors: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], PredictorBlock]
     evaluate: Evaluate
     report: Report
 
     @model_validator(mode="after")
     def _check(self) -> Params:
+        if "frame" not in self.vae:
+            raise ValueError("vae.frame is missing: its reconstruction is the ceiling of every comparison")
         for name in ("copy_last", "advect"):
             if name not in self.predictors:
                 raise ValueError(f"predictors.{name} is missing: every comparison starts from it")

@@ -12,7 +12,8 @@ import torch
 from data.errors import EmptyError
 from models.autoencoder import BlockVAE, load_vae
 from models.checkpoint import digest
-from models.vae_training import VaeOptions, psnr, random_flow, train_vae
+from models.reconstruction import psnr
+from models.vae_training import VaeOptions, random_flow, train_vae
 
 
 @pytest.fixture(scope="module", autouse=True)
