@@ -25,15 +25,18 @@ TIMES = 1000
 
 @dataclass(frozen=True)
 class Mixture:
-    """How much of what is in noisy data, and the time at which the network is asked about it, in [0, 1000]."""
+    """How much of what is in noisy data."""
 
     signal: Float[Tensor, " b"]
     noise: Float[Tensor, " b"]
-    time: Float[Tensor, " b"]
 
     def of(self, clean: Float[Tensor, "b z hz wz"], e: Float[Tensor, "b z hz wz"]) -> Float[Tensor, "b z hz wz"]:
         """``signal * clean + noise * e``."""
         return self.signal[:, None, None, None] * clean + self.noise[:, None, None, None] * e
+
+    def estimate(self, noisy: Float[Tensor, "b z hz wz"]) -> Float[Tensor, "b z hz wz"]:
+        """The best linear guess at clean data of unit variance: what a network should see of pure noise is nothing."""
+        return (self.signal / (self.signal.square() + self.noise.square()))[:, None, None, None] * noisy
 
     def velocity_weight(self, least: float = 0.1) -> Float[Tensor, " b"]:
         """The velocity's squared error over the clean data's, ``1 / noise^2``, for either process. Noise below
@@ -45,8 +48,12 @@ class Process(ABC):
     """A way from noise to data."""
 
     @abstractmethod
-    def mixture(self, u: Float[Tensor, " b"]) -> Mixture:
-        """The mixtures to train on for ``u`` uniform in [0, 1)."""
+    def times(self, u: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """The times to train on for ``u`` uniform in [0, 1)."""
+
+    @abstractmethod
+    def at(self, time: Float[Tensor, " b"]) -> Mixture:
+        """What noisy data is made of at a time in [0, 1000]."""
 
     @abstractmethod
     def sample(self, denoise: Denoise, e: Float[Tensor, "b z hz wz"], steps: int) -> Float[Tensor, "b z hz wz"]:
@@ -63,10 +70,12 @@ class FlowMatching(Process):
     def __init__(self, shift: float = 1.0) -> None:
         self.shift = shift
 
-    def mixture(self, u: Float[Tensor, " b"]) -> Mixture:
+    def times(self, u: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         r = 1 - u
-        s = self.shift * r / (1 + (self.shift - 1) * r)
-        return Mixture(1 - s, s, TIMES * s)
+        return TIMES * self.shift * r / (1 + (self.shift - 1) * r)
+
+    def at(self, time: Float[Tensor, " b"]) -> Mixture:
+        return Mixture(1 - time / TIMES, time / TIMES)
 
     def sample(self, denoise: Denoise, e: Float[Tensor, "b z hz wz"], steps: int) -> Float[Tensor, "b z hz wz"]:
         scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=TIMES, shift=self.shift)
@@ -90,10 +99,12 @@ class Diffusion(Process):
     def __init__(self) -> None:
         self.kept: Float[Tensor, " times"] = self._scheduler().alphas_cumprod
 
-    def mixture(self, u: Float[Tensor, " b"]) -> Mixture:
-        time = ((1 - u) * TIMES).ceil().long() - 1
-        kept = self.kept.to(u.device)[time]
-        return Mixture(kept.sqrt(), (1 - kept).sqrt(), time.float())
+    def times(self, u: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        return ((1 - u) * TIMES).ceil() - 1
+
+    def at(self, time: Float[Tensor, " b"]) -> Mixture:
+        kept = self.kept.to(time.device)[time.long()]
+        return Mixture(kept.sqrt(), (1 - kept).sqrt())
 
     def sample(self, denoise: Denoise, e: Float[Tensor, "b z hz wz"], steps: int) -> Float[Tensor, "b z hz wz"]:
         scheduler = self._scheduler()

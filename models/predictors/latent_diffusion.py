@@ -26,7 +26,7 @@ from data.clips import Clip, Context
 from models.augmentation import augment
 from models.autoencoder import Vaes, encode_windows
 from models.blocks import Matching, ResidualBlock, coordinates, zero_conv
-from models.denoising import Diffusion, FlowMatching, Mixture
+from models.denoising import Diffusion, FlowMatching
 from models.losses import latent_error
 from models.predictor import Predictor, Rollout
 from models.warp import advect_flow, backward_warp
@@ -46,7 +46,7 @@ class Options(BaseModel):
     weighting: Literal["x", "v"] = Field(
         default="x", description="the loss is the squared error of the clean change, or of the velocity"
     )
-    noise: float = Field(default=0.5, gt=0, description="standard deviation of the noise, in those of the latents")
+    noise: float = Field(default=1.0, gt=0, description="standard deviation of the noise, in those of the latents")
     shift: float = Field(default=1.0, gt=0, description="above 1: train and sample more at high noise; flow_matching")
     sampling_steps: int = Field(default=4, ge=1, description="calls of the UNet per predicted frame")
     samples: int = Field(default=1, ge=1, description="samples drawn per context where reduce is mean")
@@ -70,7 +70,7 @@ class Options(BaseModel):
     )
     forced: float = Field(default=1.0, ge=0, description="weight of the error after a true past, relative to copying")
     unrolled: float = Field(default=1.0, ge=0, description="weight of the same after a past of own predictions")
-    unroll_steps: int = Field(default=1, ge=1, description="calls of the UNet per frame of such a past")
+    unroll_steps: int = Field(default=2, ge=1, description="calls of the UNet per frame of such a past")
 
 
 # Windows in which nothing moves have nothing to be relative to.
@@ -154,7 +154,7 @@ class LatentDiffusion(Predictor):
 
     def denoise(self, noisy: Latent, time: Float[Tensor, " b"], given: Condition) -> Latent:
         """The clean change behind a noisy one."""
-        x = F.pixel_unshuffle(noisy, self.options.coarsen)
+        x = F.pixel_unshuffle(self.process.at(time).estimate(noisy), self.options.coarsen)
         out = self.unet(torch.cat([x, given.seen], dim=1), time, return_dict=False)[0].float()
         out = out + self.skip(torch.cat([x, given.moving], dim=1)).float()
         return given.gate * F.pixel_shuffle(out, self.options.coarsen)
@@ -192,11 +192,12 @@ class LatentDiffusion(Predictor):
 
         past, target = torch.cat([forced, own]), torch.cat([after_forced, latents[:, x + ahead]])
         observed = torch.cat([forced[:, -1], latents[:, x - 1]])
-        mixture = self._mixture(len(past), generator)
+        time = self._times(len(past), generator)
+        mixture = self.process.at(time)
         e = torch.randn(target.shape, generator=generator, device=device)
         change = (target - past[:, -1]) / self.options.noise
         given = self.condition(past)
-        predicted = past[:, -1] + self.options.noise * self.denoise(mixture.of(change, e), mixture.time, given)
+        predicted = past[:, -1] + self.options.noise * self.denoise(mixture.of(change, e), time, given)
 
         gain = self.vae.latent_gain
         errors = latent_error(predicted, target, gain).mean((1, 2, 3))
@@ -221,19 +222,23 @@ class LatentDiffusion(Predictor):
         self.drawn += 1
         return torch.Generator(device).manual_seed(int(seed))
 
-    def _mixture(self, count: int, generator: torch.Generator) -> Mixture:
-        """Levels of noise spread evenly over the batch by one draw (Kingma et al. 2021, arXiv 2107.00630), shuffled."""
+    def _times(self, count: int, generator: torch.Generator) -> Float[Tensor, " _"]:
+        """Times spread evenly over the batch by one draw (Kingma et al. 2021, arXiv 2107.00630), shuffled."""
         device = generator.device
         offset = torch.rand((), generator=generator, device=device)
         even = (offset + torch.arange(count, device=device) / count) % 1
-        return self.process.mixture(even[torch.randperm(count, generator=generator, device=device)])
+        return self.process.times(even[torch.randperm(count, generator=generator, device=device)])
 
     def sample(
-        self, context: Context, horizon: int, generator: torch.Generator, samples: int
+        self, context: Context, horizon: int, generator: torch.Generator, samples: int, *, steps: int | None = None
     ) -> Float[Tensor, "b s y 3 h w"]:
-        """``samples`` independent futures of every context, in [0, 1]: for their spread, and for best-of-k."""
+        """``samples`` independent futures of every context, in [0, 1]: for their spread, and for best-of-k.
+
+        ``steps`` calls of the UNet per frame, ``sampling_steps`` of the options by default.
+        """
         observed = encode_windows(self.vae, context.frames).repeat_interleave(samples, dim=0)
-        latents = self.unroll(observed, horizon, generator, self.options.sampling_steps)[:, observed.shape[1] :]
+        steps = self.options.sampling_steps if steps is None else steps
+        latents = self.unroll(observed, horizon, generator, steps)[:, observed.shape[1] :]
         frames = torch.stack([self.vae.to_frames(latents[:, k]) for k in range(horizon)], dim=1)
         return frames.unflatten(0, (-1, samples))
 
