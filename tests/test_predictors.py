@@ -26,6 +26,7 @@ HEIGHT, WIDTH, CONTEXT, HORIZON = 32, 48, 4, 3
 
 # Smaller than the defaults, so that the whole folder is tested in seconds. A predictor may be absent.
 SMALL: dict[str, dict[str, Any]] = {
+    "latent_diffusion": {"width": 16, "levels": 2, "coarsen": 2},
     "latent_flow_aux": {"width": 16, "features": 16, "blocks": 2, "kernel": 3},
     "latent_transformer": {"patch": 4, "width": 32, "heads": 2, "blocks": 2, "features": 16, "kernel": 3},
     "latent_warp": {"width": 16, "features": 16, "blocks": 2},
