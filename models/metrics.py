@@ -150,7 +150,7 @@ def collision_ap(
     positives: Float64[np.ndarray, "r bins"], negatives: Float64[np.ndarray, "r bins"]
 ) -> Float64[np.ndarray, " r"]:
     """Average precision of the probability of a collision, all steps of all windows ranked together: the sum over
-    thresholds of precision times the recall that each adds, without interpolation. Equal to a tenth of a unit of
+    thresholds of precision times the recall that each adds, without interpolation. Equal to a twentieth of a unit of
     log-odds is a tie. Range [0, 1]; higher. Ranking at random scores ``collision_base_rate``; undefined without a
     collision."""
     hit, said = (np.cumsum(counts[:, ::-1], axis=1) for counts in (positives, positives + negatives))
@@ -291,7 +291,7 @@ def _counts(state: State, metric: str, name: str) -> np.ndarray:
     return _statistic(state, metric, name).count
 
 
-_Values = tuple[Float64[np.ndarray, " r"], Float64[np.ndarray, "r y"]]
+_Values = tuple[Float64[np.ndarray, "_"], Float64[np.ndarray, "_ y"]]
 
 
 def _values(state: State, name: str, weights: Float64[np.ndarray, "r v"] | None = None) -> _Values:

@@ -18,7 +18,7 @@ SURE = 0.5
 LEAST_IOU = 0.5
 TOLERANCES = (2, 5)
 """In frames of the source video."""
-BINS_PER_LOGIT, LARGEST_LOGIT = 10, 8
+BINS_PER_LOGIT, LARGEST_LOGIT = 20, 8
 BINS = 2 * BINS_PER_LOGIT * LARGEST_LOGIT + 1
 
 
@@ -125,8 +125,8 @@ def collision_histograms(
     """How often each probability was given, over all steps: ``collision_positives`` to steps with a collision,
     ``collision_negatives`` to the others.
 
-    `BINS` bins of equal width in log-odds, a tenth of a unit, out to probabilities of 0.0003 and 0.9997: rare events
-    are told apart among small probabilities, where equal bins of probability would lump them together.
+    `BINS` bins of equal width in log-odds, a twentieth of a unit, out to probabilities of 0.0003 and 0.9997: rare
+    events are told apart among small probabilities, where equal bins of probability would lump them together.
     """
     logits = torch.logit(collision.double()).clamp(-LARGEST_LOGIT, LARGEST_LOGIT)
     bins = ((logits + LARGEST_LOGIT) * BINS_PER_LOGIT).round().long()
