@@ -19,6 +19,7 @@ from data.clips import Context
 from data.errors import EmptyError
 from data.picture import to_uint8
 from models.examples import Example, Examples
+from models.object_statistics import box_statistics, collision_histograms, collision_statistics
 from models.predictor import Predictor, Rollout
 from models.statistics import (
     State,
@@ -26,12 +27,16 @@ from models.statistics import (
     check_finite,
     flow_statistics,
     merge,
+    perceptual_statistics,
     picture_statistics,
     state_of,
     visibility_statistics,
 )
 
 _PENDING = 32
+_PROBABILITIES = ("presence", "collision")
+Distance = Callable[[Tensor, Tensor], Tensor]
+"""One number for each of n pairs of pictures (n, 3, h, w) in [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -95,13 +100,17 @@ def evaluate(
     seed: int,
     device: torch.device | str = "cpu",
     moving_px: float = 0.5,
+    frame_stride: int = 1,
+    perceptual: Distance | None = None,
 ) -> Evaluation:
     """Rolls ``predictor`` out on every window, in evaluation mode and `torch.inference_mode`.
 
     Each batch draws from a generator (on ``device``) seeded by ``seed`` and the batch's first window, so that a
     result does not depend on the batches before it. ``moving_px`` divides moving from background pixels in the
-    end-point errors. Raises `EmptyError` without windows, `NonFiniteError` naming video, window and step, and
-    `ValueError` for a rollout of another shape or with colours outside [0, 1].
+    end-point errors, ``frame_stride`` source frames lie between two steps (for tolerances in time), ``perceptual`` is
+    LPIPS on ``device``, which is not measured without it. Raises `EmptyError` without windows, `NonFiniteError` naming
+    video, window and step, and `ValueError` for a rollout of another shape or with colours or probabilities outside
+    [0, 1].
     """
     device = torch.device(device)
     was_training = predictor.training
@@ -114,7 +123,8 @@ def evaluate(
 
     try:
         parameters = sum(p.numel() for p in predictor.parameters())
-        return _measure(predict, windows, name, seed, device, moving_px, parameters)
+        measures = _Measures(moving_px, frame_stride, perceptual)
+        return _measure(predict, windows, name, seed, device, measures, parameters)
     finally:
         predictor.train(was_training)
 
@@ -127,6 +137,7 @@ def evaluate_reconstruction(
     seed: int,
     device: torch.device | str = "cpu",
     parameters: int = 0,
+    perceptual: Distance | None = None,
 ) -> Evaluation:
     """The ceiling of everything that predicts latents: the *true* future through encoder and decoder.
 
@@ -137,7 +148,14 @@ def evaluate_reconstruction(
         b, y = window.frames.shape[:2]
         return Rollout(reconstruct(window.frames.flatten(0, 1)).clamp(0, 1).unflatten(0, (b, y)))
 
-    return _measure(predict, windows, name, seed, torch.device(device), 0.5, parameters)
+    return _measure(predict, windows, name, seed, torch.device(device), _Measures(perceptual=perceptual), parameters)
+
+
+@dataclass(frozen=True)
+class _Measures:
+    moving_px: float = 0.5
+    frame_stride: int = 1
+    perceptual: Distance | None = None
 
 
 def _measure(
@@ -146,7 +164,7 @@ def _measure(
     name: str,
     seed: int,
     device: torch.device,
-    moving_px: float,
+    measures: _Measures,
     parameters: int,
 ) -> Evaluation:
     pending: list[State] = []
@@ -157,8 +175,8 @@ def _measure(
         with torch.inference_mode():
             rollout, seconds = _timed(predict, window, device)
             _check(rollout, window, name)
-            statistics = _statistics(rollout, window, moving_px)
-        pending.append(state_of(window.video.cpu().numpy(), statistics))
+            statistics = _statistics(rollout, window, measures)
+        pending.append(state_of(window.video.cpu().numpy(), statistics, _histograms(rollout, window)))
         if len(pending) == _PENDING:
             pending = [merge(*pending)]
         b, y = window.frames.shape[:2]
@@ -198,22 +216,45 @@ def _check(rollout: Rollout, window: Window, name: str) -> None:
             f"{name} predicted frames of shape {tuple(rollout.frames.shape)}, "
             f"the window asks for {tuple(window.frames.shape)}"
         )
-    heads = {"frames": rollout.frames, "flow_bwd": rollout.flow_bwd, "visible": rollout.visible}
-    for head, values in heads.items():
-        if values is not None:
-            check_finite(values, window.video, window.start, f"{name}: {head}")
+    for head, values in vars(rollout).items():
+        if values is None:
+            continue
+        if values.shape[:2] != window.frames.shape[:2]:
+            raise ValueError(
+                f"{name} predicted {head} of shape {tuple(values.shape)} for {window.frames.shape[0]} windows of "
+                f"{window.frames.shape[1]} steps"
+            )
+        check_finite(values, window.video, window.start, f"{name}: {head}")
+        if head in _PROBABILITIES and not 0 <= float(values.min()) <= float(values.max()) <= 1:
+            raise ValueError(
+                f"{name} predicted {head} from {float(values.min()):.4f} to {float(values.max()):.4f}; a probability "
+                "must stay in [0, 1]"
+            )
     low, high = float(rollout.frames.min()), float(rollout.frames.max())
     if low < -1e-3 or high > 1 + 1e-3:
         raise ValueError(f"{name} predicted colours from {low:.4f} to {high:.4f}; a rollout must stay in [0, 1]")
 
 
-def _statistics(rollout: Rollout, window: Window, moving_px: float) -> dict[str, Statistic]:
+def _statistics(rollout: Rollout, window: Window, measures: _Measures) -> dict[str, Statistic]:
     out = picture_statistics(rollout.frames, window.frames, window.context.frames[:, -1], window.foreground)
+    if measures.perceptual is not None:
+        out |= perceptual_statistics(measures.perceptual, rollout.frames, window.frames)
     if rollout.flow_bwd is not None and window.true_flow_bwd is not None:
+        moving_px = measures.moving_px
         out |= flow_statistics(rollout.flow_bwd, window.true_flow_bwd, window.true_visible, moving_px=moving_px)
     if rollout.visible is not None and window.true_visible is not None:
         out |= visibility_statistics(rollout.visible, window.true_visible)
+    if rollout.boxes is not None and window.true_boxes is not None and window.true_presence is not None:
+        out |= box_statistics(rollout.boxes, rollout.presence, window.true_boxes, window.true_presence)
+    if rollout.collision is not None and window.true_collision is not None:
+        out |= collision_statistics(rollout.collision, window.true_collision, frame_stride=measures.frame_stride)
     return out
+
+
+def _histograms(rollout: Rollout, window: Window) -> dict[str, Float64[np.ndarray, "b _"]]:
+    if rollout.collision is None or window.true_collision is None:
+        return {}
+    return collision_histograms(rollout.collision, window.true_collision)
 
 
 def _offer(examples: Examples, statistics: dict[str, Statistic], rollout: Rollout, window: Window) -> None:

@@ -2,7 +2,9 @@
 
 Every metric is a function of the means of `models.statistics`, step by step; its docstring gives definition, source,
 range and direction. *Overall* is the mean over steps of the metric, so every step of the horizon weighs the same
-(SlotFormer and PFI average in this way). Undefined values (nothing moved, no foreground, no flow head) are NaN.
+(SlotFormer and PFI average in this way). Collisions are too rare for that: theirs is computed from the sums over all
+steps, and average precision from all steps ranked together, so that it has no value per step. Undefined values
+(nothing moved, no foreground, no flow head) are NaN.
 
 Two figures are called PSNR in the literature (OpenSTL issue 191) and differ by tenths of a decibel:
 
@@ -20,6 +22,7 @@ import numpy as np
 from jaxtyping import Float, Float64
 
 from data.errors import EmptyError
+from models.object_statistics import TOLERANCES
 from models.statistics import FRAME_PSNR_CAP_DB, State, Statistic
 
 Means = Float[np.ndarray, "*rows y"]
@@ -27,13 +30,18 @@ Means = Float[np.ndarray, "*rows y"]
 
 @dataclass(frozen=True)
 class Metric:
-    """A function of the means of ``statistics``; ``unit`` is empty for pure numbers."""
+    """A function of the means of ``statistics``; ``unit`` is empty for pure numbers.
+
+    ``overall`` says how its steps become one value: their mean, the metric of the statistics summed over the steps,
+    or, where ``statistics`` names histograms, one ranking of everything.
+    """
 
     name: str
     statistics: tuple[str, ...]
-    better: Literal["higher", "lower"]
+    better: Literal["higher", "lower", "neither"]
     unit: str
     compute: Callable[..., np.ndarray]
+    overall: Literal["mean", "summed", "ranked"] = "mean"
 
     @property
     def definition(self) -> str:
@@ -52,7 +60,10 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Score:
-    """A metric per step of the horizon (``steps[0]`` is the first predicted frame) and its mean over steps."""
+    """A metric per step of the horizon (``steps[0]`` is the first predicted frame) and over all of it.
+
+    ``steps`` is empty for a metric that ranks all steps together.
+    """
 
     overall: Estimate
     steps: tuple[Estimate, ...]
@@ -108,12 +119,71 @@ def nonvisible_f1(hit: Means, false: Means, miss: Means) -> Means:
     return _ratio(2 * hit, 2 * hit + false + miss)
 
 
+def lpips(lpips: Means) -> Means:
+    """Mean over frames of LPIPS, the distance of deep features (Zhang et al. 2018, SqueezeNet). Range [0, inf), 0 is
+    identical; lower. Blur costs more and small shifts less than in the squared error."""
+    return lpips
+
+
+def box_iou(box_iou: Means) -> Means:
+    """Mean intersection over union of the boxes of present objects and of the slot that each is assigned to once per
+    window (greatest sum over the horizon), 0 where that slot is absent or there is none. Range [0, 1]; higher. Extra
+    slots cost nothing here, see ``box_precision``. The fixed assignment is that of unsupervised tracking (Weis et al.
+    2021, after Bernardin and Stiefelhagen 2008)."""
+    return box_iou
+
+
+def box_recall(hit: Means, miss: Means) -> Means:
+    """Of the present objects, the fraction matched by a present slot with an IoU of at least 0.5; matched anew at
+    every step, whoever the slot was before. Range [0, 1]; higher. The complement of CLEAR MOT's miss ratio
+    (Bernardin and Stiefelhagen 2008)."""
+    return _ratio(hit, hit + miss)
+
+
+def box_precision(hit: Means, false: Means) -> Means:
+    """Of the slots with a presence of at least 0.5, the fraction matched to a present object with an IoU of at least
+    0.5; matched anew at every step. Range [0, 1]; higher. Undefined if no slot is present."""
+    return _ratio(hit, hit + false)
+
+
+def collision_ap(
+    positives: Float64[np.ndarray, "r bins"], negatives: Float64[np.ndarray, "r bins"]
+) -> Float64[np.ndarray, " r"]:
+    """Average precision of the probability of a collision, all steps of all windows ranked together: the sum over
+    thresholds of precision times the recall that each adds, without interpolation. Equal to a twentieth of a unit of
+    log-odds is a tie. Range [0, 1]; higher. Ranking at random scores ``collision_base_rate``; undefined without a
+    collision."""
+    hit, said = (np.cumsum(counts[:, ::-1], axis=1) for counts in (positives, positives + negatives))
+    precision = np.divide(hit, said, out=np.zeros_like(hit), where=said > 0)
+    return _ratio((precision * positives[:, ::-1]).sum(axis=1), hit[:, -1])
+
+
+def collision_base_rate(base: Means) -> Means:
+    """The fraction of steps with a collision: what ``collision_ap`` is by chance. A property of the data: neither is
+    better. Range [0, 1]."""
+    return base
+
+
+def collision_f1(hit: Means, false: Means, miss: Means) -> Means:
+    """2 TP / (2 TP + FP + FN) of collisions, predicted events (peaks of at least 0.5) and true ones matched one to one
+    within 2 or 5 frames of the source video, counts summed over steps. Range [0, 1]; higher. Calling every step a
+    collision scores ``collision_f1_always``."""
+    return _ratio(2 * hit, 2 * hit + false + miss)
+
+
+def collision_f1_always(base: Means) -> Means:
+    """2 r / (1 + r), r the ``collision_base_rate``: the ``collision_f1`` of calling every step a collision. A property
+    of the data: neither is better. Range [0, 1]."""
+    return _ratio(2 * base, 1 + base)
+
+
 def _ratio(a: Means, b: Means) -> Means:
     return np.divide(a, b, out=np.full(np.broadcast(a, b).shape, np.nan), where=b > 0)
 
 
 _PAIR, _FG_PAIR = ("squared_error", "squared_error_copy"), ("fg_squared_error", "fg_squared_error_copy")
 _HIT, _FALSE, _MISS = "nonvisible_hit", "nonvisible_false", "nonvisible_miss"
+_EVENTS = {t: tuple(f"collision_{cell}_{t}" for cell in ("hit", "false", "miss")) for t in TOLERANCES}
 
 METRICS: dict[str, Metric] = {
     m.name: m
@@ -133,6 +203,14 @@ METRICS: dict[str, Metric] = {
         Metric("nonvisible_precision", (_HIT, _FALSE), "higher", "", nonvisible_precision),
         Metric("nonvisible_recall", (_HIT, _MISS), "higher", "", nonvisible_recall),
         Metric("nonvisible_f1", (_HIT, _FALSE, _MISS), "higher", "", nonvisible_f1),
+        Metric("lpips", ("lpips",), "lower", "", lpips),
+        Metric("box_iou", ("box_iou",), "higher", "", box_iou),
+        Metric("box_recall", ("box_hit", "box_miss"), "higher", "", box_recall),
+        Metric("box_precision", ("box_hit", "box_false"), "higher", "", box_precision),
+        Metric("collision_ap", ("collision_positives", "collision_negatives"), "higher", "", collision_ap, "ranked"),
+        Metric("collision_base_rate", ("collision_base",), "neither", "", collision_base_rate, "summed"),
+        *(Metric(f"collision_f1_{t}", _EVENTS[t], "higher", "", collision_f1, "summed") for t in TOLERANCES),
+        Metric("collision_f1_always", ("collision_base",), "neither", "", collision_f1_always, "summed"),
     )
 }
 
@@ -140,6 +218,7 @@ METRICS: dict[str, Metric] = {
 def measured(state: State) -> tuple[str, ...]:
     """The metrics for which ``state`` holds every statistic, counted at least once, in the order of `METRICS`."""
     held = {name for name, s in state.statistics.items() if s.count.any()}
+    held |= {name for name, counts in state.histograms.items() if counts.any()}
     return tuple(name for name, m in METRICS.items() if held.issuperset(m.statistics))
 
 
@@ -170,14 +249,19 @@ def paired_difference(a: State, b: State, name: str, rng: np.random.Generator, *
             f"{len(only_b)} only in the second (such as {only_b[:3]})"
         )
     for statistic in METRICS[name].statistics:
-        first, second = _statistic(a, name, statistic), _statistic(b, name, statistic)
-        if not np.array_equal(first.count, second.count):
+        first, second = (_counts(state, name, statistic) for state in (a, b))
+        if not np.array_equal(first, second):
             raise ValueError(
-                f"a paired difference needs the same windows: {statistic!r} counts {first.count.sum():.0f} in the "
-                f"first and {second.count.sum():.0f} in the second"
+                f"a paired difference needs the same windows: {statistic!r} counts {first.sum():.0f} in the "
+                f"first and {second.sum():.0f} in the second"
             )
     weights = _draws(len(a.videos), rng, resamples)
-    return _summary(_values(a, name) - _values(b, name), _values(a, name, weights) - _values(b, name, weights))
+
+    def difference(weights: Float64[np.ndarray, "r v"] | None = None) -> _Values:
+        (overall_a, steps_a), (overall_b, steps_b) = (_values(state, name, weights) for state in (a, b))
+        return overall_a - overall_b, steps_a - steps_b
+
+    return _summary(difference(), difference(weights))
 
 
 def _draws(videos: int, rng: np.random.Generator, resamples: int) -> Float64[np.ndarray, "r v"]:
@@ -194,18 +278,41 @@ def _statistic(state: State, metric: str, name: str) -> Statistic:
     return state.statistics[name]
 
 
-def _values(state: State, name: str, weights: Float64[np.ndarray, "r v"] | None = None) -> Float64[np.ndarray, "r y"]:
-    """The metric per step under each row of weights (default: every video once)."""
+def _histogram(state: State, metric: str, name: str) -> Float64[np.ndarray, "v bins"]:
+    if name not in state.histograms:
+        raise KeyError(f"metric {metric!r} needs histogram {name!r}; this state has {sorted(state.histograms)}")
+    return state.histograms[name]
+
+
+def _counts(state: State, metric: str, name: str) -> np.ndarray:
+    """What two states of the same windows have in common, per video."""
+    if METRICS[metric].overall == "ranked":
+        return _histogram(state, metric, name).sum(axis=1)
+    return _statistic(state, metric, name).count
+
+
+_Values = tuple[Float64[np.ndarray, "_"], Float64[np.ndarray, "_ y"]]
+
+
+def _values(state: State, name: str, weights: Float64[np.ndarray, "r v"] | None = None) -> _Values:
+    """The metric over all steps, and per step, under each row of weights (default: every video once)."""
     metric = METRICS[name]
     weights = np.ones((1, len(state.videos))) if weights is None else weights
-    parts = [_statistic(state, name, s) for s in metric.statistics]
-    means = [_ratio(weights @ s.total, weights @ s.count) for s in parts]
-    return metric.compute(*means)
+    if metric.overall == "ranked":
+        histograms = [weights @ _histogram(state, name, h) for h in metric.statistics]
+        return metric.compute(*histograms), np.empty((len(weights), 0))
+    sums = [(weights @ s.total, weights @ s.count) for s in (_statistic(state, name, n) for n in metric.statistics)]
+    steps = metric.compute(*(_ratio(total, count) for total, count in sums))
+    if metric.overall == "mean":
+        return _mean(steps), steps
+    means = (_ratio(total.sum(axis=1), count.sum(axis=1)) for total, count in sums)
+    return metric.compute(*means), steps
 
 
-def _summary(values: Float64[np.ndarray, "1 y"], drawn: Float64[np.ndarray, "r y"]) -> Score:
-    steps = tuple(_estimate(values[0, k], drawn[:, k]) for k in range(values.shape[1]))
-    return Score(_estimate(_mean(values)[0], _mean(drawn)), steps)
+def _summary(values: _Values, drawn: _Values) -> Score:
+    (overall, steps), (overall_drawn, steps_drawn) = values, drawn
+    by_step = tuple(_estimate(steps[0, k], steps_drawn[:, k]) for k in range(steps.shape[1]))
+    return Score(_estimate(overall[0], overall_drawn), by_step)
 
 
 def _mean(values: Float64[np.ndarray, "r y"]) -> Float64[np.ndarray, " r"]:

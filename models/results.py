@@ -31,7 +31,7 @@ from models.examples import Example
 from models.metrics import METRICS, Score, score
 from models.statistics import from_json
 
-_WITH_INTERVAL = ("psnr", "ssim", "skill", "fg_psnr", "fg_skill", "epe_moving")
+_WITH_INTERVAL = ("psnr", "ssim", "skill", "fg_psnr", "fg_skill", "epe_moving", "lpips", "box_iou")
 _STRIP_STEPS = 6
 _LEAST_TILE_PX = 192
 
@@ -120,23 +120,28 @@ def _headline(evaluation: Evaluation, scores: dict[str, Score], steps: Sequence[
         "horizon": horizon,
         "overall": {name: values for name, values in overall.items() if values},
         "step": {
-            str(k): _known({name: s.steps[k - 1].value for name, s in scores.items()}) for k in steps if k <= horizon
+            str(k): _known({name: s.steps[k - 1].value for name, s in scores.items() if s.steps})
+            for k in steps
+            if k <= horizon
         },
     }
 
 
 def _by_horizon(name: str, scores: dict[str, Score]) -> str:
     """One row per step; a metric that was not measured leaves its cell empty, and the columns never change."""
+    by_step = [name for name, metric in METRICS.items() if metric.overall != "ranked"]
     columns = ["predictor", "step"]
-    for metric in METRICS:
+    for metric in by_step:
         columns += [metric, f"{metric}_low", f"{metric}_high"] if metric in _WITH_INTERVAL else [metric]
     text = io.StringIO()
     table = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     table.writeheader()
     for k in range(len(next(iter(scores.values())).steps)):
         row: dict[str, Any] = {"predictor": name, "step": k + 1}
-        for metric, s in scores.items():
-            step = s.steps[k]
+        for metric in by_step:
+            if metric not in scores:
+                continue
+            step = scores[metric].steps[k]
             row |= _known({metric: step.value})
             if metric in _WITH_INTERVAL:
                 row |= _known({f"{metric}_low": step.low, f"{metric}_high": step.high})

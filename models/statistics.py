@@ -7,13 +7,16 @@ averaged itself. The split is that of Rasp et al., WeatherBench 2 / WeatherBench
 Totals are kept in float64 as multiples of 2**-32, so that adding them is exact as long as the total of one video and
 step stays below 2**21: batches, shards, workers and restarts then combine to the same bits in any order. Larger
 totals are merely accurate to float64. What was not measured has a count of zero or no entry, never a value of zero.
+
+What has to be ranked over the whole set (average precision) is no mean of anything: such scores are counted in
+*histograms*, which add up as exactly. Boxes and collisions are in `models.object_statistics`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -25,6 +28,7 @@ from data.errors import EmptyError, NonFiniteError
 SSIM_WINDOW = 11
 SSIM_SIGMA = 1.5
 FRAME_PSNR_CAP_DB = 100.0
+PERCEPTUAL_CHUNK = 16
 _GRID = 2.0**32
 
 
@@ -38,10 +42,14 @@ class Statistic:
 
 @dataclass(frozen=True)
 class State:
-    """What an evaluation remembers: one `Statistic` per name with one row per video (ids ascending, unique)."""
+    """What an evaluation remembers: one `Statistic` per name with one row per video (ids ascending, unique).
+
+    ``histograms`` count scores in bins, of all steps together, with the same rows.
+    """
 
     videos: Int64[np.ndarray, " v"]
     statistics: dict[str, Statistic]
+    histograms: dict[str, Float64[np.ndarray, "v _"]] = field(default_factory=dict)
 
     @property
     def horizon(self) -> int:
@@ -52,7 +60,9 @@ class State:
         tables = {
             name: {"total": s.total.tolist(), "count": s.count.tolist()} for name, s in sorted(self.statistics.items())
         }
-        return json.dumps({"videos": self.videos.tolist(), "statistics": tables}, separators=(",", ":")) + "\n"
+        histograms = {name: counts.astype(np.int64).tolist() for name, counts in sorted(self.histograms.items())}
+        whole = {"videos": self.videos.tolist(), "statistics": tables, "histograms": histograms}
+        return json.dumps(whole, separators=(",", ":")) + "\n"
 
 
 def from_json(text: str) -> State:
@@ -62,10 +72,15 @@ def from_json(text: str) -> State:
         name: Statistic(np.array(t["total"], dtype=np.float64), np.array(t["count"], dtype=np.float64))
         for name, t in raw["statistics"].items()
     }
-    return State(np.array(raw["videos"], dtype=np.int64), tables)
+    histograms = {name: np.array(counts, dtype=np.float64) for name, counts in raw["histograms"].items()}
+    return State(np.array(raw["videos"], dtype=np.int64), tables, histograms)
 
 
-def state_of(videos: Int[np.ndarray, " n"], statistics: Mapping[str, Statistic]) -> State:
+def state_of(
+    videos: Int[np.ndarray, " n"],
+    statistics: Mapping[str, Statistic],
+    histograms: Mapping[str, Float64[np.ndarray, "n _"]] | None = None,
+) -> State:
     """Sums the rows that belong to one video. ``videos[i]`` is the id behind row ``i``; at least one row."""
     if len(videos) == 0 or not statistics:
         raise EmptyError("no window was measured", remedy="check the split, the window stride and the horizon")
@@ -76,11 +91,15 @@ def state_of(videos: Int[np.ndarray, " n"], statistics: Mapping[str, Statistic])
         np.add.at(out, row, values)
         return out
 
-    return State(ids, {name: Statistic(grouped(s.total), grouped(s.count)) for name, s in statistics.items()})
+    return State(
+        ids,
+        {name: Statistic(grouped(s.total), grouped(s.count)) for name, s in statistics.items()},
+        {name: grouped(counts) for name, counts in (histograms or {}).items()},
+    )
 
 
 def merge(*states: State) -> State:
-    """The state of all windows behind ``states``. A statistic that one of them lacks counts zero there.
+    """The state of all windows behind ``states``. What one of them lacks counts zero there.
 
     Raises `EmptyError` without states and `ValueError` where horizons differ.
     """
@@ -96,7 +115,12 @@ def merge(*states: State) -> State:
         name: Statistic(np.concatenate([s.total for s in parts]), np.concatenate([s.count for s in parts]))
         for name, parts in rows.items()
     }
-    return state_of(np.concatenate([s.videos for s in states]), joined)
+    bins = {name: counts.shape[1] for s in states for name, counts in s.histograms.items()}
+    histograms = {
+        name: np.concatenate([s.histograms.get(name, np.zeros((len(s.videos), width))) for s in states])
+        for name, width in bins.items()
+    }
+    return state_of(np.concatenate([s.videos for s in states]), joined, histograms)
 
 
 def check_finite(
@@ -106,7 +130,7 @@ def check_finite(
     what: str,
 ) -> None:
     """Raises `NonFiniteError` naming the first video, window and step (from 1) at which ``values`` is NaN or inf."""
-    bad = (~torch.isfinite(values)).flatten(2).any(dim=2)
+    bad = (~torch.isfinite(values)).unsqueeze(-1).flatten(2).any(dim=2)
     if bool(bad.any()):
         row, step = (int(i) for i in bad.nonzero()[0])
         found = values[row, step]
@@ -138,17 +162,34 @@ def picture_statistics(
     psnr = -10 * torch.log10(mse.clamp(min=10 ** (-FRAME_PSNR_CAP_DB / 10)))
     similarity = ssim(prediction.flatten(0, 1), truth.flatten(0, 1)).reshape(b, y)
     out = {
-        "squared_error": _statistic(error.sum(dim=(2, 3, 4)), pixels),
-        "squared_error_copy": _statistic(error_copy.sum(dim=(2, 3, 4)), pixels),
-        "psnr_frame": _statistic(psnr, frames),
-        "ssim": _statistic(similarity, frames),
+        "squared_error": statistic_of(error.sum(dim=(2, 3, 4)), pixels),
+        "squared_error_copy": statistic_of(error_copy.sum(dim=(2, 3, 4)), pixels),
+        "psnr_frame": statistic_of(psnr, frames),
+        "ssim": statistic_of(similarity, frames),
     }
     if foreground is not None:
         inside = (foreground > 0.5).double()[:, :, None]
         count = c * inside.sum(dim=(2, 3, 4))
-        out["fg_squared_error"] = _statistic((error * inside).sum(dim=(2, 3, 4)), count)
-        out["fg_squared_error_copy"] = _statistic((error_copy * inside).sum(dim=(2, 3, 4)), count)
+        out["fg_squared_error"] = statistic_of((error * inside).sum(dim=(2, 3, 4)), count)
+        out["fg_squared_error_copy"] = statistic_of((error_copy * inside).sum(dim=(2, 3, 4)), count)
     return out
+
+
+def perceptual_statistics(
+    distance: Callable[[Tensor, Tensor], Tensor],
+    prediction: Float[Tensor, "b y 3 h w"],
+    truth: Float[Tensor, "b y 3 h w"],
+) -> dict[str, Statistic]:
+    """``lpips``: ``distance(a, b)``, one number for each of n pairs of pictures, as a mean over frames.
+
+    Frames go through the network `PERCEPTUAL_CHUNK` at a time: its features are far larger than they are.
+    """
+    b, y = truth.shape[:2]
+    pairs = zip(
+        prediction.flatten(0, 1).split(PERCEPTUAL_CHUNK), truth.flatten(0, 1).split(PERCEPTUAL_CHUNK), strict=True
+    )
+    values = torch.cat([distance(said, true) for said, true in pairs]).double().reshape(b, y)
+    return {"lpips": statistic_of(values, torch.ones_like(values))}
 
 
 def flow_statistics(
@@ -168,7 +209,7 @@ def flow_statistics(
     if true_visible is not None:
         regions["epe_visible"] = true_visible[:, :, 0] > 0.5
     return {
-        name: _statistic((error * region).sum(dim=(2, 3)), region.double().sum(dim=(2, 3)))
+        name: statistic_of((error * region).sum(dim=(2, 3)), region.double().sum(dim=(2, 3)))
         for name, region in regions.items()
     }
 
@@ -183,7 +224,7 @@ def visibility_statistics(
     said, true = visible[:, :, 0] <= 0.5, true_visible[:, :, 0] <= 0.5
     pixels = torch.full(said.shape[:2], float(said.shape[2] * said.shape[3]), dtype=torch.float64)
     cells = {"nonvisible_hit": said & true, "nonvisible_false": said & ~true, "nonvisible_miss": ~said & true}
-    return {name: _statistic(cell.double().sum(dim=(2, 3)), pixels) for name, cell in cells.items()}
+    return {name: statistic_of(cell.double().sum(dim=(2, 3)), pixels) for name, cell in cells.items()}
 
 
 def ssim(a: Float[Tensor, "n c h w"], b: Float[Tensor, "n c h w"]) -> Float64[Tensor, " n"]:
@@ -224,6 +265,7 @@ def _gaussian_band(size: int, device: torch.device) -> Float64[Tensor, "valid si
     )
 
 
-def _statistic(total: Float64[Tensor, "b y"], count: Float64[Tensor, "b y"]) -> Statistic:
+def statistic_of(total: Float64[Tensor, "b y"], count: Float64[Tensor, "b y"]) -> Statistic:
+    """The totals of a batch on the grid of 2**-32, see the module's docstring."""
     on_grid = np.round(total.detach().cpu().numpy() * _GRID) / _GRID
     return Statistic(on_grid, count.detach().cpu().numpy())

@@ -206,6 +206,8 @@ class Evaluate(Section):
     """Windows start at multiples of this."""
     seed: int = 0
     """Of the predictors' randomness and of the bootstrap."""
+    lpips: str | None = None
+    """A file with the state dict of `lpips.LPIPS(net="squeeze")`; without one LPIPS is not measured."""
 
     @model_validator(mode="after")
     def _check(self) -> Evaluate:

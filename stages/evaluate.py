@@ -11,13 +11,14 @@ import torch
 
 from data.catalog import Catalog
 from data.clevrer import FPS
-from data.clips import ClipSource, Context
+from data.clips import Clip, ClipSource, Context
 from data.manifest import write_json
 from data.resize import resize_field, resize_flow
 from data.store import Store
 from models.autoencoder import load_vae
 from models.checkpoint import digest, load_predictor
 from models.evaluation import Window, evaluate
+from models.perceptual import Perceptual, load_lpips
 from models.predictor import find
 from models.results import write_results
 from pipeline.journal import BadItem, Unit
@@ -26,6 +27,7 @@ from pipeline.stage import ARTIFACTS, Job, run_stage
 from stages.folder import build_folder
 
 TIMINGS = "timings.json"
+LABELS = ("boxes", "presence", "collision")
 OBSERVED = {"frames": ARTIFACTS / "decode", "flow_bwd": ARTIFACTS / "flow", "visible": ARTIFACTS / "occlusion"}
 """Where frames and the teacher's view of the context come from."""
 
@@ -36,21 +38,40 @@ def run(job: Job) -> None:
     _, kind = find(block.model)
     vaes = {key: load_vae(ARTIFACTS / "vae" / key) for key in sorted(kind.needs_vaes)}
     predictor = load_predictor(ARTIFACTS / "train" / job.key, vaes=vaes)
+    perceptual = perceptual_of(job)
 
     def make(unit: Unit, folder: Path, tick: Tick) -> list[BadItem]:
-        result = evaluate(predictor, windows.told(tick), name=job.key, seed=evaluation.seed, device=job.device)
+        result = evaluate(
+            predictor,
+            windows.told(tick),
+            name=job.key,
+            seed=evaluation.seed,
+            device=job.device,
+            frame_stride=job.params.decode.stride,
+            perceptual=perceptual,
+        )
         write_results(folder, result, seed=evaluation.seed, fps=windows.fps)
         speed = result.speed.frames_per_second if result.speed is not None else None
         write_json(folder / TIMINGS, {"frames_per_second": speed})
         return []
 
-    weights = digest(predictor) + "".join(digest(vae) for vae in vaes.values())
+    networks = [predictor, *vaes.values(), *([perceptual] if perceptual is not None else [])]
+    decode = job.params.decode
     fingerprint = job.fingerprint(
-        [evaluation, job.params.decode.resolution], weights=weights, modules=[f"models/predictors/{block.model}.py"]
+        # The name of a file does not matter: what it holds is among the weights.
+        [evaluation.model_copy(update={"lpips": None}), decode.resolution, decode.stride],
+        weights="".join(digest(network) for network in networks),
+        modules=[f"models/predictors/{block.model}.py"],
     )
     unit = Unit(windows.source.videos, windows.digests(), job.title)
     build_folder(job, unit, make, fingerprint=fingerprint, counted="videos", private=(TIMINGS,))
     job.facts |= json.loads((job.built[0].folder / TIMINGS).read_text())
+
+
+def perceptual_of(job: Job) -> Perceptual | None:
+    """LPIPS on this stage's device, where its weights are given."""
+    path = job.params.evaluate.lpips
+    return None if path is None else load_lpips(job.root / path).to(job.device)
 
 
 class Windows:
@@ -62,14 +83,14 @@ class Windows:
         self.context, self.horizon = evaluation.context, evaluation.horizon
         self.every = evaluation.window_stride
         self.fps = FPS / job.params.decode.stride
+        self.labels = Store(ARTIFACTS / "label")
         self.source = ClipSource(
-            {name: Store(path) for name, path in OBSERVED.items()},
+            {name: Store(path) for name, path in OBSERVED.items()} | dict.fromkeys(LABELS, self.labels),
             height=self.height,
             width=self.width,
             videos=Catalog.load(ARTIFACTS / "acquire").split(evaluation.split),
             cache_bytes=0,
         )
-        self.labels = Store(ARTIFACTS / "label")
 
     def __iter__(self) -> Iterator[Window]:
         for video in self.source.videos:
@@ -93,15 +114,15 @@ class Windows:
             start=clip.start,
             context=Context(frames[:, :x], flow[:, : x - 1], visible[:, : x - 1]),
             frames=frames[:, x:],
-            **self._truth(video, [start + x for _, start in places]),
+            **self._truth(clip, video, [start + x for _, start in places]),
         )
 
     def digests(self) -> tuple[str, ...]:
         """Digests of everything that the windows are made of."""
-        stores = [*self.source.stores.values(), self.labels]
+        stores = self.source.stores.values()
         return tuple(sorted({s.shard_digest(v) for s in stores for v in self.source.videos if v in s.ids}))
 
-    def _truth(self, video: int, starts: list[int]) -> dict[str, Any]:
+    def _truth(self, clip: Clip, video: int, starts: list[int]) -> dict[str, Any]:
         if video not in self.labels.ids:
             return {}
         h, w, y = self.height, self.width, self.horizon
@@ -119,6 +140,7 @@ class Windows:
             "foreground": torch.stack(foreground),
             "true_flow_bwd": torch.stack(flow),
             "true_visible": torch.stack(visible),
+            **{f"true_{name}": clip.require(name)[:, self.context :] for name in LABELS},
         }
 
 

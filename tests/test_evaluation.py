@@ -42,6 +42,13 @@ def window_batch(video: int, b: int = 2, *, truth: bool = True) -> Window:
     flow[:, :, 0] = -speed * foreground[:, 1:]
     visible = torch.ones(b, X + Y - 1, 1, H, W)
     visible[:, :, :, 5:11, :2] = 0
+    boxes = torch.zeros(b, Y, 2, 4)  # the second slot holds no object
+    for row in range(b):
+        for k in range(Y):
+            left = min(speed * (X + k) + row, W - 6)
+            boxes[row, k, 0] = torch.tensor([left, 5, left + 6, 11])
+    collision = torch.zeros(b, Y)
+    collision[:, video % Y] = 1
     return Window(
         video=torch.full((b,), video),
         start=torch.arange(b) * 8,
@@ -50,7 +57,14 @@ def window_batch(video: int, b: int = 2, *, truth: bool = True) -> Window:
         foreground=foreground[:, X:] if truth else None,
         true_flow_bwd=flow[:, X - 1 :] if truth else None,
         true_visible=visible[:, X - 1 :] if truth else None,
+        true_boxes=boxes if truth else None,
+        true_presence=boxes.any(dim=-1).float() if truth else None,
+        true_collision=collision if truth else None,
     )
+
+
+def absolute(a: Tensor, b: Tensor) -> Tensor:
+    return (a - b).abs().mean(dim=(1, 2, 3))
 
 
 def windows(videos: int = 6, **kwargs: bool) -> Iterator[Window]:
@@ -72,7 +86,10 @@ class Copy(Untrained):
 
 
 class Noisy(Untrained):
-    """Copies with noise that grows, and claims that nothing moves and everything is visible."""
+    """Copies with noise that grows, and claims that nothing moves and everything is visible.
+
+    Its one box stays where the square began, and it expects a collision at the second step.
+    """
 
     def rollout(self, context: Context, horizon: int, generator: torch.Generator) -> Rollout:
         assert torch.is_inference_mode_enabled()
@@ -80,18 +97,28 @@ class Noisy(Untrained):
         last = context.frames[:, -1:].repeat(1, horizon, 1, 1, 1)
         noise = torch.randn(last.shape, generator=generator) * torch.linspace(0.01, 0.05, horizon)[:, None, None, None]
         still = torch.zeros(last.shape[0], horizon, 2, H, W)
-        return Rollout((last + noise).clamp(0, 1), flow_bwd=still, visible=torch.ones_like(still[:, :, :1]))
+        boxes = torch.tensor([0.0, 5.0, 6.0, 11.0]).repeat(len(last), horizon, 1, 1)
+        return Rollout(
+            (last + noise).clamp(0, 1),
+            flow_bwd=still,
+            visible=torch.ones_like(still[:, :, :1]),
+            boxes=boxes,
+            presence=torch.ones_like(boxes[..., 0]),
+            collision=torch.tensor([0.1, 0.8, 0.2, 0.3]).repeat(len(last), 1),
+        )
 
 
-class Broken(Copy):
-    def __init__(self, video: int, value: float) -> None:
+class Broken(Noisy):
+    """Says ``value`` at the third step of the second window of ``video``, somewhere in ``head``."""
+
+    def __init__(self, video: int, value: float, head: str = "frames") -> None:
         super().__init__()
-        self.left, self.value = 2 * video, value
+        self.left, self.value, self.head = 2 * video, value, head
 
     def rollout(self, context: Context, horizon: int, generator: torch.Generator) -> Rollout:
         out = super().rollout(context, horizon, generator)
         if self.left == 0:
-            out.frames[1, 2, 0, 3, 3] = self.value
+            getattr(out, self.head)[1, 2].view(-1)[:1] = self.value
         self.left -= 2
         return out
 
@@ -110,14 +137,35 @@ def test_copy_last_scores_zero_skill_on_every_region() -> None:
 
 
 def test_heads_are_measured_where_there_is_truth() -> None:
-    found = score(evaluate(Noisy(), windows(), name="noisy", seed=0).state, np.random.default_rng(0))
+    measured = evaluate(Noisy(), windows(), name="noisy", seed=0, frame_stride=2, perceptual=absolute)
+    found = score(measured.state, np.random.default_rng(0))
     assert set(found) == set(METRICS)
     speeds = np.mean([1, 2, 3])
     assert found["epe_moving"].overall.value == pytest.approx(speeds)
     assert found["epe_background"].overall.value == 0
     assert found["nonvisible_recall"].overall.value == 0
+    lefts = [[min(s * (X + k) + r, W - 6) for s in (1, 2, 3) for r in range(2)] for k in range(Y)]
+    overlaps = [np.mean([max(0, 6 - left) / (6 + min(left, 6)) for left in step]) for step in lefts]
+    assert [e.value for e in found["box_iou"].steps] == pytest.approx(overlaps)
+    assert found["collision_base_rate"].overall.value == pytest.approx(1 / 4)
+    # Videos 0 to 5 collide at steps 1 2 3 4 1 2, and step 2 is said: ranked 2 4 3 1, found within one step but for 4.
+    assert found["collision_ap"].overall.value == pytest.approx((2 * 2 / 6 + 3 / 12 + 4 / 18 + 2 * 6 / 24) / 6)
+    assert found["collision_f1_2"].overall.value == pytest.approx(2 * 5 / (2 * 5 + 1 + 1))
+    assert found["collision_f1_5"].overall.value == 1
+
+
+def test_without_labels_heads_are_absent_and_not_zero() -> None:
     without = evaluate(Noisy(), windows(truth=False), name="noisy", seed=0).state
-    assert not {"epe", "nonvisible_hit", "fg_squared_error"} & set(without.statistics)
+    assert set(without.statistics) == {"squared_error", "squared_error_copy", "psnr_frame", "ssim"}
+    assert without.histograms == {}
+    some = [window_batch(0), window_batch(1, truth=False)]
+    partly = evaluate(Noisy(), some, name="noisy", seed=0).state
+    alone = evaluate(Noisy(), some[:1], name="noisy", seed=0).state
+    for name in ("box_iou", "box_recall", "collision_ap", "collision_f1_2", "collision_base_rate", "fg_psnr"):
+        values = [score(state, np.random.default_rng(0))[name].overall.value for state in (partly, alone)]
+        assert values[0] == values[1], name
+    no_heads = score(evaluate(Copy(), windows(), name="copy", seed=0).state, np.random.default_rng(0))
+    assert not [name for name in no_heads if name.startswith(("box", "collision", "lpips"))]
 
 
 def test_parts_and_order_do_not_change_the_result() -> None:
@@ -141,8 +189,11 @@ def test_many_batches_are_compacted_to_the_same_sums() -> None:
 
 
 def test_the_truth_reconstructed_exactly_is_the_ceiling() -> None:
-    found = evaluate_reconstruction(lambda frames: frames, windows(), name="vae", seed=0, parameters=9)
+    found = evaluate_reconstruction(
+        lambda frames: frames, windows(), name="vae", seed=0, parameters=9, perceptual=absolute
+    )
     scores = score(found.state, np.random.default_rng(0))
+    assert scores["lpips"].overall.value == 0
     assert scores["skill"].overall.value == 1
     assert scores["psnr"].overall.value == 100
     assert found.parameters == 9
@@ -170,9 +221,16 @@ def test_nothing_to_evaluate_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_not_finite_names_predictor_video_window_and_step(value: float) -> None:
-    with pytest.raises(NonFiniteError, match=r"bad: frames of video 4, window starting at frame 8, .* step 3"):
-        evaluate(Broken(4, value), windows(), name="bad", seed=0)
+@pytest.mark.parametrize("head", ["frames", "flow_bwd", "visible", "boxes", "presence", "collision"])
+def test_not_finite_names_predictor_video_window_and_step(value: float, head: str) -> None:
+    with pytest.raises(NonFiniteError, match=rf"bad: {head} of video 4, window starting at frame 8, .* step 3"):
+        evaluate(Broken(4, value, head), windows(), name="bad", seed=0)
+
+
+@pytest.mark.parametrize("head", ["presence", "collision"])
+def test_what_is_no_probability_is_refused(head: str) -> None:
+    with pytest.raises(ValueError, match=rf"bad predicted {head} from .* to 1.5000; a probability"):
+        evaluate(Broken(1, 1.5, head), windows(), name="bad", seed=0)
 
 
 def test_wrong_shapes_and_colours_are_refused() -> None:
@@ -257,6 +315,8 @@ def test_metrics_are_numbers_that_dvc_can_compare(evaluation: Evaluation, tmp_pa
     assert skill["low"] < skill["value"] < skill["high"] < 0
     assert list(found["step"]) == ["1", "4"]
     assert "nonvisible_precision" not in found["overall"], "undefined is left out"
+    assert 0 < found["overall"]["collision_ap"]["low"] < found["overall"]["collision_ap"]["high"] < 1
+    assert "collision_ap" not in found["step"]["1"]
     assert "seconds" not in json.dumps(found)
 
 
@@ -270,7 +330,11 @@ def test_csv_has_one_row_per_step_and_constant_columns(evaluation: Evaluation, t
     assert [row["step"] for row in tables["noisy"]] == ["1", "2", "3", "4"]
     assert list(tables["noisy"][0]) == list(tables["copy"][0])
     assert list(tables["copy"][0])[:4] == ["predictor", "step", "mse", "psnr"]
-    assert tables["copy"][0]["epe"] == ""
+    assert tables["copy"][0]["epe"] == tables["copy"][0]["box_iou"] == tables["copy"][0]["collision_f1_2"] == ""
+    assert "collision_ap" not in tables["noisy"][0], "has no value per step"
+    assert tables["noisy"][0]["lpips"] == "", "not measured"
+    low, value, high = (float(tables["noisy"][0][f"box_iou{end}"]) for end in ("_low", "", "_high"))
+    assert low < value < high
     assert {row["skill"] for row in tables["copy"]} == {"0.0"}
     mse = score(evaluation.state, np.random.default_rng(1))["mse"].steps[2].value
     assert float(tables["noisy"][2]["mse"]) == pytest.approx(mse, rel=1e-5)
