@@ -135,13 +135,20 @@ class ClipSource:
             loaded["labelled"] = torch.tensor([float(v in known) for v, _ in windows])
         return Clip(video=video, start=start, **loaded)
 
-    def batches(self, length: int, batch: int, *, seed: int, first: int = 0) -> Iterator[Clip]:
+    def batches(
+        self, length: int, batch: int, *, seed: int, first: int = 0, part: tuple[int, int] = (0, 1)
+    ) -> Iterator[Clip]:
         """Endless shuffled batches; batch ``first`` onwards, so that training resumes where it stopped.
 
         The order is a function of ``seed`` alone: epoch e is permuted by the generator of (seed, e), and an
-        incomplete batch is filled from the next epoch.
+        incomplete batch is filled from the next epoch. ``part`` (i, n) loads the i-th of n equal shares of every
+        batch, for processes that train together; ``batch`` is of all of them and must be divisible by n.
         """
         windows = self.windows(length)
+        index, count = part
+        if batch % count:
+            raise ValueError(f"a batch of {batch} cannot be cut into {count} equal shares")
+        share = slice(index * batch // count, (index + 1) * batch // count)
         orders: dict[int, np.ndarray] = {}
         for position in itertools.count(first * batch, batch):
             chosen = []
@@ -149,7 +156,7 @@ class ClipSource:
                 if epoch not in orders:
                     orders = {epoch: np.random.default_rng((seed, epoch)).permutation(len(windows))}
                 chosen.append(windows[orders[epoch][offset]])
-            yield self.clip(chosen, length)
+            yield self.clip(chosen[share], length)
 
     def _window(self, name: str, video: int, start: int, length: int) -> Tensor:
         stop = start + length - (name in _PAIRS)

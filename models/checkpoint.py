@@ -48,7 +48,17 @@ def digest(module: nn.Module) -> str:
     settings = (
         {k: v for k, v in module.config.items() if not k.startswith("_")} if isinstance(module, LatentVAE) else {}
     )
-    return _digest(own, settings)
+    return state_digest(own, settings)
+
+
+def state_digest(state: dict[str, Tensor], settings: dict[str, Any] | None = None) -> str:
+    """sha256 over named tensors (name, type, shape and bytes of each) and plain ``settings``."""
+    total = hashlib.sha256(json.dumps(settings or {}, sort_keys=True, default=str).encode())
+    for key in sorted(state):
+        value = state[key].detach().cpu().contiguous()
+        total.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+        total.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
 
 
 def save_checkpoint(
@@ -77,7 +87,7 @@ def save_checkpoint(
         width=predictor.width,
         context=predictor.context,
         steps=steps,
-        weights_digest=_digest(state, {}),
+        weights_digest=state_digest(state),
         vae_digests={key: digest(vae) for key, vae in sorted((vaes or {}).items()) if key in predictor.needs_vaes},
         extra=extra or {},
     )
@@ -105,44 +115,59 @@ def load_predictor(folder: Path, *, vaes: Vaes | None = None) -> Predictor:
     """
     meta = read_meta(folder)
     vaes = vaes or {}
-    for key, expected in meta.vae_digests.items():
-        if key not in vaes:
-            raise WeightsError(f"{folder} was trained with the {key} VAE {expected}; none was given", remedy="give it")
-        what, remedy = f"the {key} VAE given for {folder}", "give the VAE it was trained with"
-        _compare(what, digest(vaes[key]), expected, remedy)
-    try:
-        state = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise WeightsError(f"{folder / WEIGHTS} cannot be read: {error}", remedy="train the predictor again") from error
-    _compare(str(folder / WEIGHTS), _digest(state, {}), meta.weights_digest, "train the predictor again")
+    _check_vaes(folder, meta, vaes)
     predictor = build(meta.name, meta.options, vaes=vaes, height=meta.height, width=meta.width, context=meta.context)
-    load_own_state(predictor, state)
+    load_own_state(predictor, _weights(folder, meta))
     return predictor.eval()
 
 
-def load_own_state(predictor: Predictor, state: dict[str, Tensor]) -> None:
+def load_pretrained(folder: Path, predictor: Predictor, *, name: str, vaes: Vaes) -> CheckpointMeta:
+    """Start ``predictor``, which `models.predictor.build` made as ``name``, from the weights of another run of it.
+
+    Options and sizes may differ as long as no weight's shape does. Raises WeightsError if the checkpoint is of another
+    model, does not fit, or learned on the latents of other autoencoders (naming both digests).
+    """
+    meta = read_meta(folder)
+    if meta.name != name:
+        raise WeightsError(
+            f"{folder} holds {meta.name!r}, this predictor is {name!r}", remedy="name a checkpoint of the same model"
+        )
+    _check_vaes(folder, meta, vaes)
+    load_own_state(predictor, _weights(folder, meta), remedy=f"give it the options of {folder / META}")
+    return meta
+
+
+def load_own_state(
+    predictor: Predictor, state: dict[str, Tensor], *, remedy: str = "train the predictor again"
+) -> None:
     """Put back what `Predictor.own_state` gave. Raises WeightsError naming what is missing, unknown or misshapen."""
     own = predictor.own_state()
     wrong = sorted(set(own) ^ set(state)) or [key for key in own if own[key].shape != state[key].shape]
     if wrong:
-        raise WeightsError(
-            f"the weights do not fit {type(predictor).__name__}: {', '.join(wrong[:5])}",
-            remedy="train the predictor again",
-        )
+        raise WeightsError(f"the weights do not fit {type(predictor).__name__}: {', '.join(wrong[:5])}", remedy=remedy)
     with torch.no_grad():
         for key, value in own.items():
             value.copy_(state[key])
 
 
+def _weights(folder: Path, meta: CheckpointMeta) -> dict[str, Tensor]:
+    path, remedy = folder / WEIGHTS, "train the predictor again"
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"{path} cannot be read: {error}", remedy=remedy) from error
+    _compare(str(path), state_digest(state), meta.weights_digest, remedy)
+    return state
+
+
+def _check_vaes(folder: Path, meta: CheckpointMeta, vaes: Vaes) -> None:
+    for key, expected in meta.vae_digests.items():
+        if key not in vaes:
+            raise WeightsError(f"{folder} was trained with the {key} VAE {expected}; none was given", remedy="give it")
+        what, remedy = f"the {key} VAE given for {folder}", "give the VAE it was trained with"
+        _compare(what, digest(vaes[key]), expected, remedy)
+
+
 def _compare(what: str, found: str, expected: str, remedy: str) -> None:
     if found != expected:
         raise WeightsError(f"{what} has the digest {found}, expected {expected}", remedy=remedy)
-
-
-def _digest(state: dict[str, Tensor], settings: dict[str, Any]) -> str:
-    total = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for key in sorted(state):
-        value = state[key].detach().cpu().contiguous()
-        total.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-        total.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()

@@ -1,65 +1,72 @@
-"""One training loop for every predictor, and for the frame VAE too: AdamW, warm-up and cosine, EMA, clipping.
+"""One training loop for every predictor, and for the autoencoders too: AdamW, warm-up and cosine, EMA, clipping.
 
-A loop is told what to minimise by calling ``model(batch) -> (loss, logs)`` and nothing else. Budgets are steps.
-The same seed gives the same weights bit for bit on a CPU. A loss or gradient that is not finite stops the loop
-*before* the update it would have caused.
+A loop is told what to minimise by calling ``model(batch) -> (loss, logs)`` and nothing else. Budgets are steps, or
+seconds where they run out first. The same seed gives the same weights bit for bit on a CPU, but for a budget of
+seconds. A loss or gradient that is not finite stops the loop *before* the update it would have caused.
+
+Where `torch.distributed` is initialised (torchrun) every process gives its share of each batch; gradients and terms
+are averaged, so what is minimised is the mean over the whole batch.
 """
 
 from __future__ import annotations
 
-import copy
 import math
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from data.clips import Clip
-from data.errors import EmptyError, NonFiniteError
+from data.errors import CompilerError, EmptyError, NonFiniteError
 from models.predictor import Predictor
+from models.training_state import Keeping, Running
 
 Progress = Callable[[int, dict[str, float]], None]
 
+MOST_HORIZONS = 64
+"""How often `torch.compile` may compile one model anew; it does so for every horizon of the ramp."""
+
 
 class TrainingOptions(BaseModel):
-    """How to train: budgets in optimiser steps."""
+    """How to train: budgets in optimiser steps, or in seconds where they run out first."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    steps: int = Field(default=300, ge=1, description="optimiser steps")
+    steps: int = Field(default=300, ge=0, description="optimiser steps; 0 trains nothing")
+    seconds: float | None = Field(
+        default=None,
+        gt=0,
+        description="also stop after the step in which so many seconds of training are over; the schedule then follows "
+        "the clock where it is ahead of the steps, and a run does not repeat",
+    )
     learning_rate: float = Field(default=2e-3, gt=0, description="peak of the schedule")
     warmup: int = Field(default=20, ge=0, description="steps of linear warm-up; then a cosine down")
     weight_decay: float = Field(default=0.01, ge=0, description="AdamW's, on weights of two dimensions and more")
     ema: float = Field(default=0.98, ge=0, lt=1, description="decay of the averaged weights that are kept")
     clip_norm: float = Field(default=1.0, gt=0, description="largest norm of the gradient")
     precision: Literal["float32", "bfloat16"] = Field(default="bfloat16", description="bfloat16 is autocast")
+    compile: bool = Field(default=False, description="through torch.compile: faster after a wait, needs a compiler")
     horizon_start: int = Field(default=2, ge=1, description="predicted frames in the loss at the first step")
     horizon_ramp: float = Field(
         default=0.5, ge=0, le=1, description="share of the steps until the whole horizon counts"
     )
 
 
-@dataclass
-class TrainingState:
-    """What it takes to continue a run as if it had never stopped: give it to `train` with the loader at its place."""
-
-    step: int
-    model: dict[str, Tensor]
-    average: dict[str, Tensor]
-    optimiser: dict[str, Any]
-    curves: dict[str, list[float]] = field(default_factory=dict)
-
-
 @dataclass(frozen=True)
 class TrainResult:
-    """Curves have one value per step: ``loss``, every raw term, ``grad_norm``, ``learning_rate`` and ``horizon``."""
+    """Curves have one value per step: ``loss``, every raw term, ``grad_norm``, ``learning_rate`` and ``horizon``.
+
+    ``steps`` and ``seconds`` count what a resumed run had done before, too.
+    """
 
     steps: int
     seconds: float
@@ -73,28 +80,23 @@ def train(
     *,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
-    state: TrainingState | None = None,
-    on_state: Callable[[TrainingState], None] | None = None,
-    state_every: int = 100,
+    keeping: Keeping | None = None,
 ) -> TrainResult:
     """Train a predictor on clips of ``context + horizon`` frames; it holds the averaged weights afterwards.
 
     The horizon in the loss grows linearly from ``horizon_start`` to all that the clips hold. ``progress`` is called
-    after every step with the step's number from 1 and its raw terms; ``on_state`` every ``state_every`` steps with
-    what resumes the run. Raises NonFiniteError naming step and term, EmptyError when the clips run out early.
+    after every step with the step's number from 1 and its raw terms. Raises NonFiniteError naming step and term,
+    EmptyError when the clips run out early, CompilerError where ``compile`` finds no compiler.
     """
 
-    def prepare(clip: Clip, step: int) -> tuple[Clip, dict[str, float]]:
+    def prepare(clip: Clip, place: float | int) -> tuple[Clip, dict[str, float]]:
         frames = _length(clip)
-        horizon = horizon_at(step, frames - predictor.context, options)
+        horizon = horizon_at(place, frames - predictor.context, options)
         return crop(clip, predictor.context + horizon).to(device), {"horizon": float(horizon)}
 
     predictor.to(device).train()
     parameters = predictor.own_parameters()
-    result = optimise(
-        predictor, parameters, clips, prepare, options, device=device, progress=progress,
-        state=state, on_state=on_state, state_every=state_every,
-    )  # fmt: skip
+    result = optimise(predictor, parameters, clips, prepare, options, device=device, progress=progress, keeping=keeping)
     predictor.eval()
     return result
 
@@ -103,42 +105,46 @@ def optimise(
     model: nn.Module,
     parameters: dict[str, nn.Parameter],
     batches: Iterable[Any],
-    prepare: Callable[[Any, int], tuple[Any, dict[str, float]]],
+    prepare: Callable[[Any, float | int], tuple[Any, dict[str, float]]],
     options: TrainingOptions,
     *,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
-    state: TrainingState | None = None,
-    on_state: Callable[[TrainingState], None] | None = None,
-    state_every: int = 100,
+    keeping: Keeping | None = None,
 ) -> TrainResult:
-    """The loop itself: minimise ``model(batch)[0]`` over ``parameters``; ``prepare(batch, step)`` comes before it."""
-    device = torch.device(device)
+    """The loop itself: minimise ``model(batch)[0]`` over ``parameters``. ``prepare(batch, place)`` comes before it;
+    ``place`` is where on the schedule of ``options.steps`` the step stands: its number from 0, or more by the clock.
+    """
+    device, keeping = torch.device(device), keeping or Keeping()
     optimiser = _adamw(parameters, options)
     average = {name: p.detach().clone() for name, p in parameters.items()}
-    curves: dict[str, list[float]] = {}
-    start = 0
-    if state is not None:
-        start, curves = state.step, {name: list(values) for name, values in state.curves.items()}
-        _copy_into(parameters, state.model)
-        average = {name: value.to(device) for name, value in state.average.items()}
-        optimiser.load_state_dict(copy.deepcopy(state.optimiser))
-    called = _distributed(model, device)
+    running = Running(model, parameters, average, optimiser, device, keeping.generators)
+    step, before = 0, 0.0
+    if keeping.state is not None:
+        step, before = keeping.state.step, keeping.state.seconds
+        running.restore(keeping.state)
+        _part_from_the_first()
+    called = _called(model, device, options)
     source = iter(batches)
-    began = time.perf_counter()
-    for step in range(start, options.steps):
+    began = kept = time.perf_counter()
+
+    def elapsed() -> float:
+        return before + time.perf_counter() - began
+
+    while step < options.steps and (spent := _spent(elapsed(), options, device)) < 1:
         batch = next(source, None)
         if batch is None:
             raise EmptyError(
                 f"the training data ended at step {step} of {options.steps}", remedy="let the loader repeat its epochs"
             )
-        batch, extras = prepare(batch, step)
-        rate = learning_rate_at(step, options)
+        place = max(step, spent * options.steps)
+        batch, extras = prepare(batch, place)
+        rate = learning_rate_at(step, options, place)
         for group in optimiser.param_groups:
             group["lr"] = rate
         with autocast(device, options.precision):
             loss, logs = called(batch)
-        terms = {name: float(value.detach()) for name, value in {"loss": loss, **logs}.items()}
+        terms = _over_ranks({name: value.detach() for name, value in {"loss": loss, **logs}.items()})
         _stop_if_not_finite(step, terms)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
@@ -146,33 +152,42 @@ def optimise(
         _stop_if_not_finite(step, {"the gradient's norm": norm})
         optimiser.step()
         _average(average, parameters, options.ema, step)
+        step += 1
         record = {**terms, "grad_norm": norm, "learning_rate": rate, **extras}
         for name, value in record.items():
-            curves.setdefault(name, []).append(value)
+            running.curves.setdefault(name, []).append(value)
         if progress is not None:
-            progress(step + 1, record)
-        if on_state is not None and (step + 1) % state_every == 0:
-            on_state(_snapshot(step + 1, parameters, average, optimiser, curves))
-    _copy_into(parameters, average)
-    return TrainResult(options.steps, time.perf_counter() - began, curves)
+            progress(step, record)
+        if keeping.save is not None and _due(step, time.perf_counter() - kept, keeping):
+            keeping.save(running.snapshot(step, elapsed()))
+            kept = time.perf_counter()
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(average[name])
+    return TrainResult(step, elapsed(), running.curves)
 
 
-def learning_rate_at(step: int, options: TrainingOptions) -> float:
-    """Linear warm-up to the peak, then a cosine down to a hundredth of it at the last step."""
+def learning_rate_at(step: int, options: TrainingOptions, place: float | int | None = None) -> float:
+    """Linear warm-up to the peak, then a cosine down to a hundredth of it at the last step.
+
+    Warm-up counts the steps that were made; the cosine follows ``place`` (by default ``step``), see `optimise`.
+    """
+    place = step if place is None else place
+    peak = options.learning_rate
     if step < options.warmup:
-        return options.learning_rate * (step + 1) / options.warmup
-    done = (step - options.warmup) / max(options.steps - options.warmup, 1)
-    return options.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+        peak = peak * (step + 1) / options.warmup
+    done = max(place - options.warmup, 0) / max(options.steps - options.warmup, 1)
+    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
 
 
-def horizon_at(step: int, longest: int, options: TrainingOptions) -> int:
-    """Predicted frames that count at ``step`` (from 0), never more than the clip holds."""
+def horizon_at(place: float | int, longest: int, options: TrainingOptions) -> int:
+    """Predicted frames that count at ``place`` of the schedule (in steps), never more than the clip holds."""
     if longest < 1:
         raise EmptyError(
             "the training clips hold no frame after the context", remedy="make the clips longer than the context"
         )
     ramp = options.horizon_ramp * options.steps
-    share = 1.0 if step >= ramp else step / ramp
+    share = 1.0 if place >= ramp else place / ramp
     first = min(options.horizon_start, longest)
     return first + math.floor(share * (longest - first))
 
@@ -219,11 +234,59 @@ def _adamw(parameters: dict[str, nn.Parameter], options: TrainingOptions) -> tor
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=options.learning_rate, betas=(0.9, 0.99))
 
 
-def _distributed(model: nn.Module, device: torch.device) -> nn.Module:
+def _called(model: nn.Module, device: torch.device, options: TrainingOptions) -> Callable[[Any], Any]:
     """Under torchrun the call goes through DistributedDataParallel, which synchronises gradients on ``__call__``."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return model
-    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    called: nn.Module = model
+    if _together():
+        called = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    if not options.compile:
+        return called
+    _require_compiler(device)
+    compiled: Any = torch.compile(called, recompile_limit=MOST_HORIZONS)  # pyright: ignore[reportCallIssue]
+    return compiled
+
+
+def _require_compiler(device: torch.device) -> None:
+    variable, usual = ("CXX", ("g++",)) if device.type == "cpu" else ("CC", ("gcc", "clang"))
+    wanted = (os.environ[variable],) if os.environ.get(variable) else usual
+    if not any(shutil.which(name) for name in wanted):
+        raise CompilerError(
+            f"training.compile is true and {' or '.join(wanted)} is not there",
+            remedy=f"install gcc (apt install g++), name a compiler in {variable}, or set compile: false",
+        )
+
+
+def _together() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _over_ranks(terms: dict[str, Tensor]) -> dict[str, float]:
+    """The terms of the whole batch, from those of every process' equal share."""
+    if _together():
+        stacked = torch.stack([value.float() for value in terms.values()])
+        dist.all_reduce(stacked)
+        terms = dict(zip(terms, stacked / dist.get_world_size(), strict=True))
+    return {name: float(value) for name, value in terms.items()}
+
+
+def _spent(elapsed: float, options: TrainingOptions, device: torch.device) -> float:
+    """Share of the budget of seconds that is over; by the first process' clock, so that all stop at the same step."""
+    if options.seconds is None:
+        return 0.0
+    share = torch.tensor(elapsed / options.seconds, dtype=torch.float64, device=device)
+    if _together():
+        dist.broadcast(share, 0)
+    return float(share)
+
+
+def _part_from_the_first() -> None:
+    """A state holds the random numbers of the first process; the others must not repeat its noise."""
+    if _together() and dist.get_rank():
+        torch.manual_seed(int(torch.randint(2**31, ())) + dist.get_rank())
+
+
+def _due(step: int, since: float, keeping: Keeping) -> bool:
+    return step % keeping.every_steps == 0 if keeping.every_steps else since >= keeping.every_seconds
 
 
 def _stop_if_not_finite(step: int, terms: dict[str, float]) -> None:
@@ -242,25 +305,3 @@ def _average(average: dict[str, Tensor], parameters: dict[str, nn.Parameter], de
     decay = min(decay, (1 + step) / (10 + step))
     for name, parameter in parameters.items():
         average[name].lerp_(parameter.detach(), 1 - decay)
-
-
-@torch.no_grad()
-def _copy_into(parameters: dict[str, nn.Parameter], values: dict[str, Float[Tensor, "..."]]) -> None:
-    for name, parameter in parameters.items():
-        parameter.copy_(values[name])
-
-
-def _snapshot(
-    step: int,
-    parameters: dict[str, nn.Parameter],
-    average: dict[str, Tensor],
-    optimiser: torch.optim.Optimizer,
-    curves: dict[str, list[float]],
-) -> TrainingState:
-    return TrainingState(
-        step=step,
-        model={name: p.detach().cpu().clone() for name, p in parameters.items()},
-        average={name: value.cpu().clone() for name, value in average.items()},
-        optimiser=copy.deepcopy(optimiser.state_dict()),
-        curves={name: list(values) for name, values in curves.items()},
-    )

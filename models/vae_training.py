@@ -190,7 +190,7 @@ def train_vae(
     if not pretrained:
         vae.fit_basis(torch.cat(first).to(device))
 
-    def prepare(x: Tensor, step: int) -> tuple[Tensor, dict[str, float]]:
+    def prepare(x: Tensor, place: float | int) -> tuple[Tensor, dict[str, float]]:
         return x.to(device).contiguous(memory_format=torch.channels_last), {}
 
     if isinstance(options, VaeOptions):

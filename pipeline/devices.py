@@ -1,4 +1,4 @@
-"""Facts of this machine that change no result: which devices compute."""
+"""Facts of this machine that change no result: which devices compute, how often a training run is saved."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 from pipeline.errors import PipelineError
 
 DEVICE = "CLEVRCAST_DEVICE"
+SAVE_SECONDS = "CLEVRCAST_SAVE_SECONDS"
 
 
 def device() -> str:
@@ -34,3 +35,19 @@ def devices() -> list[str]:
                 remedy=f"unset {DEVICE}, or mend the driver until `nvidia-smi` lists the device",
             )
     return [asked]
+
+
+def save_seconds() -> float:
+    """``CLEVRCAST_SAVE_SECONDS``, else 60: a killed training run loses about so many seconds; 0 saves every step.
+
+    Raises:
+        PipelineError: it is no number of seconds.
+    """
+    asked = os.environ.get(SAVE_SECONDS, "") or "60"
+    try:
+        seconds = float(asked)
+    except ValueError:
+        seconds = -1.0
+    if not seconds >= 0:
+        raise PipelineError(f"{SAVE_SECONDS}={asked} is no number of seconds", remedy="use a number from 0 on")
+    return seconds

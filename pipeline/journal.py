@@ -7,6 +7,8 @@
     .work/<stage>/<fingerprint>/<unit key>/...          a finished unit: its files and, written last, unit.json
     .work/<stage>/<fingerprint>/<unit key>/retry        asks for its quarantined items to be tried again
     .work/<stage>/<fingerprint>/.<unit key>.building/   a unit in progress (removed when it is started again)
+    .work/<stage>/<fingerprint>/.<unit key>.state/      what an interrupted unit goes on from (training)
+    .work/<stage>/<fingerprint>/<unit key>.curves/      TensorBoard's view of a training run
     .work/<stage>/<fingerprint>/.<unit key>.previous/   what a retry keeps the good items of
     .work/<stage>/<fingerprint>/<unit key>.lock         held (flock) by the one process that builds it
 

@@ -189,6 +189,8 @@ class Vae(Trainable):
 class PredictorBlock(Trainable):
     model: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
     """The file of models/predictors/ (several blocks may use one)."""
+    pretrained: str | None = None
+    """A checkpoint folder of the same model whose weights the training starts from; relative to the checkout."""
     horizon: Annotated[int, Field(ge=1)] = 4
     """Predicted frames in the training loss, at most; the clip adds evaluate.context before them."""
 

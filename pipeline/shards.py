@@ -121,8 +121,21 @@ def previous_attempt(unit: Unit, folder: Path) -> Built | None:
     return read_record(folder.with_suffix(".previous"), unit)
 
 
+def kept_state(folder: Path) -> Path:
+    """Where a ``make`` that was given ``folder`` keeps what an interrupted unit goes on from; gone when it is finished.
+
+    What is in it belongs to the unit's key and fingerprint, and survives any interruption.
+    """
+    return folder.with_suffix(".state")
+
+
+def unfinished(folder: Path, unit: Unit) -> Path:
+    """Where a unit is while it is being built."""
+    return folder / f".{unit.key()}.building"
+
+
 def _make(folder: Path, unit: Unit, make: Make, tick: Tick) -> Built:
-    final, partial = folder / unit.key(), folder / f".{unit.key()}.building"
+    final, partial = folder / unit.key(), unfinished(folder, unit)
     previous = partial.with_suffix(".previous")
     with lease(folder / f"{unit.key()}.lock", unit.label):
         if (found := find(folder, unit)) is not None:  # finished by another process while this one waited its turn
@@ -144,7 +157,8 @@ def _make(folder: Path, unit: Unit, make: Make, tick: Tick) -> Built:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise full from error
             raise
-        _remove(previous)
+        for done_with in (previous, kept_state(partial)):
+            _remove(done_with)
     return Built(unit, final, bad, reused=False, seconds=seconds, files=digests)
 
 

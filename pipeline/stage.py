@@ -24,7 +24,8 @@ from pipeline.executors import Call, crew_for, helped_fingerprint, is_part, part
 from pipeline.journal import BadItem, Built, Plan, Unit, digest_of, find, lease
 from pipeline.params import Params, load_params
 from pipeline.process import die_with_parent
-from pipeline.shards import Make, build_free_units, build_units
+from pipeline.ranks import launched, own_devices, rank
+from pipeline.shards import Make, build_free_units, build_units, unfinished
 
 ARTIFACTS = Path("artifacts")
 WORK = Path(".work")
@@ -101,6 +102,8 @@ class Job:
         """
         folder = self.work / fingerprint
         _check_same_disk()
+        if rank():
+            raise Finished(_compute_along(folder, units, make))
         if len(units) > 1:
             single_thread()
         if helped := helped_fingerprint():
@@ -160,8 +163,16 @@ class Job:
             return build_units(folder, units, make, what=self.title, counted=counted, crew=crew)
 
 
+def _compute_along(folder: Path, units: Sequence[Unit], make: Make) -> int:
+    """What every process of a torchrun but the first does: its share of the computing, and no books."""
+    missing = [unit for unit in units if find(folder, unit) is None]
+    for unit in missing:
+        make(unit, unfinished(folder, unit), lambda advance=1, note="": None)
+    return len(missing)
+
+
 class Finished(Exception):  # noqa: N818 - not an error: the stage ends here, without publishing anything
-    """Raised by `Job.build` in a process that only builds units: a worker, a part."""
+    """Raised by `Job.build` in a process that publishes nothing: a worker, a part, all but the first of a torchrun."""
 
     def __init__(self, made: int, message: str = "") -> None:
         super().__init__(message)
@@ -178,8 +189,8 @@ def run_helper(name: str, key: str) -> int:
     raise AssertionError(f"stages.{name}.run ended without building anything")
 
 
-def run_stage(name: str, run: Callable[[Job], None], *, keyed: bool = False) -> None:
-    """Run a stage as a program and exit; see the module's docstring."""
+def run_stage(name: str, run: Callable[[Job], None], *, keyed: bool = False, together: bool = False) -> None:
+    """Run a stage as a program and exit; see the module's docstring. ``together``: torchrun may start it."""
     die_with_parent()
     arguments = sys.argv[1:]
     started = time.monotonic()
@@ -189,10 +200,15 @@ def run_stage(name: str, run: Callable[[Job], None], *, keyed: bool = False) -> 
                 f"python -m stages.{name} takes {'one KEY' if keyed else 'no argument'}, found {arguments}",
                 remedy=f"use `dvc repro {name}`: parameters belong in params.yaml",
             )
+        if launched() and not together:
+            raise WorkspaceError(
+                f"torchrun started the stage {name}, which does not train a predictor",
+                remedy="start it by `dvc repro`; docs/data-plane.md tells how work is shared",
+            )
         if not Path("dvc.yaml").exists():
             raise WorkspaceError(f"no dvc.yaml in {Path.cwd()}", remedy="run at the top of a clevrcast checkout")
         key = arguments[0] if keyed else ""
-        job = Job(name, key, load_params(Path("params.yaml")), Path.cwd(), tuple(devices()))
+        job = Job(name, key, load_params(Path("params.yaml")), Path.cwd(), own_devices(devices()))
         with _stage_lease(job):
             run(job)
     except Finished as finished:
@@ -215,7 +231,7 @@ def run_stage(name: str, run: Callable[[Job], None], *, keyed: bool = False) -> 
 
 def _stage_lease(job: Job) -> AbstractContextManager[None]:
     """The only right to publish the stage. A process that only builds units needs none, theirs have their own."""
-    if helped_fingerprint() or is_part() or adoption_sample():
+    if helped_fingerprint() or is_part() or adoption_sample() or rank():
         return nullcontext()
     return lease(job.work / "stage.lock", f"the stage {job.title}")
 

@@ -75,7 +75,8 @@ def _removable(work: Path, title: str, everything: bool) -> list[Removed]:
             _refuse_if_held(folder)
             found.append(Removed(folder, _freed(folder), "the newest" if folder == keep else "older"))
             continue
-        idle = [p for p in sorted(folder.glob(".*.building")) if not holder(folder / f"{p.stem[1:]}.lock")]
+        partials = sorted([*folder.glob(".*.building"), *folder.glob(".*.state")])
+        idle = [p for p in partials if not holder(folder / f"{p.stem[1:]}.lock")]
         found += [Removed(partial, _freed(partial), "unfinished") for partial in idle]
     return found
 
