@@ -15,7 +15,7 @@ from torch import Tensor
 Norm = Literal["l1", "l2"]
 
 # Windows in which nothing moves have nothing to be relative to. In units of `latent_error`.
-COPYING_FLOOR: dict[Norm, float] = {"l1": 0.02, "l2": 0.005}
+COPYING_FLOOR = 0.005
 
 
 def charbonnier(difference: Float[Tensor, "*shape"], eps: float = 1e-3) -> Float[Tensor, "*shape"]:
@@ -56,7 +56,7 @@ def copying_error(
     norm: Norm = "l2",
 ) -> Float[Tensor, ""]:
     """Mean `latent_error` of copying the last observed latent, plus a small floor: what errors are divided by."""
-    return latent_error(last, target, gain, norm=norm).mean() + COPYING_FLOOR[norm]
+    return latent_error(last, target, gain, norm=norm).mean() + COPYING_FLOOR
 
 
 def relative_latent_error(

@@ -15,7 +15,7 @@ import torch
 from pydantic import ValidationError
 
 from data.clips import FIELDS, Clip, Context
-from models.augmentation import roll_colours
+from models.augmentation import latent_targets, roll_colours
 from models.autoencoder import BlockVAE, Vaes, encode_windows
 from models.losses import latent_error
 from models.predictor import Predictor, available, build, find
@@ -303,3 +303,16 @@ def test_recoloured_windows_keep_their_motion_and_their_grey() -> None:
     rolled = roll_colours(colour)
     assert torch.equal(rolled[[0, 1, 4, 5]], colour[[0, 1, 4, 5]])
     assert torch.equal(rolled[2:4], colour[2:4].roll(1, dims=2))
+
+
+def test_targets_are_the_stores_latents_or_those_of_mirrored_frames(vaes: Vaes) -> None:
+    clip = with_latents(scene(), vaes)
+    stored = latent_targets(
+        vaes["frame"], replace(clip, latents=clip.require("latents").half()), flip=False, recolour=False
+    )
+    assert torch.equal(stored.require("latents"), clip.require("latents").half().float())
+    made_anew = latent_targets(vaes["frame"], clip, flip=True, recolour=False)
+    mirrored = encode_windows(vaes["frame"], clip.require("frames")[1:].flip(-1))
+    torch.testing.assert_close(made_anew.require("latents")[0], clip.require("latents")[0])
+    torch.testing.assert_close(made_anew.require("latents")[1:], mirrored)
+    assert torch.equal(made_anew.require("flow_bwd")[1, :, 0], -clip.require("flow_bwd")[1, :, 0].flip(-1))

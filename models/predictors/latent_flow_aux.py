@@ -38,7 +38,7 @@ class Options(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     width: int = Field(default=64, ge=8, description="channels of the trunk")
-    features: int = Field(default=32, ge=8, description="channels that the heads see, on the latent grid")
+    features: int = Field(default=24, ge=8, description="channels that the heads see, on the latent grid")
     blocks: int = Field(default=6, ge=1, description="residual blocks of the trunk")
     coarsen: int = Field(default=4, ge=1, description="the trunk's grid is this much coarser than the latents'")
     past: int = Field(default=3, ge=2, description="latents that the trunk sees, the present one included")

@@ -38,10 +38,10 @@ class Options(BaseModel):
     patch: int = Field(default=8, ge=1, description="side of a token's square, in cells of the latent grid")
     width: int = Field(default=128, ge=8, description="channels of a token")
     heads: int = Field(default=4, ge=1, description="heads of every attention")
-    blocks: int = Field(default=4, ge=1, description="blocks of spatial attention, temporal attention and MLP")
+    blocks: int = Field(default=3, ge=1, description="blocks of spatial attention, temporal attention and MLP")
     window: int = Field(default=8, ge=1, description="frames that temporal attention sees, the present one included")
     past: int = Field(default=3, ge=2, description="latents that a token is made of, the present one included")
-    features: int = Field(default=32, ge=8, description="channels on the latent grid that the head sees")
+    features: int = Field(default=24, ge=8, description="channels on the latent grid that the head sees")
     kernel: int = Field(default=9, ge=0, description="side of the filters that move content, in cells; 0: none")
     norm: Norm = Field(default="l2", description="the error of the next latent: absolute (l1) or squared (l2)")
     teacher_forced: float = Field(
