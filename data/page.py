@@ -24,7 +24,14 @@ Film = UInt8[np.ndarray, "t h w 3"]
 
 _ATLAS_COLUMNS = 4
 _BLOCK_PX = 16
-_COLOURS = 10
+_COLOURS = 13
+_EXTRA = (
+    ("LPIPS\N{NO-BREAK SPACE}\N{DOWNWARDS ARROW}", "lpips", 4),
+    ("Box IoU\N{NO-BREAK SPACE}\N{UPWARDS ARROW}", "box_iou", 3),
+    ("Collision AP\N{NO-BREAK SPACE}\N{UPWARDS ARROW}", "collision_ap", 3),
+    ("AP by chance", "collision_base_rate", 3),
+)
+"""(Title, field of `Row`, digits) of the columns that are only there where something was measured."""
 _ABSENT, _MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 
 
@@ -43,6 +50,7 @@ class Row:
 
     ``skill_at`` follows `PageContent.skill_steps`. ``advantage`` is the paired difference of skill to the row
     `PageContent.baseline`. Rows are shown in the order given: copy_last first, advect second, the ceiling last.
+    LPIPS, boxes and collisions have columns only where some row has a value.
     """
 
     name: str
@@ -52,10 +60,29 @@ class Row:
     psnr: float | None = None
     ssim: float | None = None
     fg_psnr: float | None = None
+    lpips: float | None = None
+    box_iou: float | None = None
+    collision_ap: float | None = None
+    collision_base_rate: float | None = None
     advantage: Interval | None = None
     parameters: int | None = None
     frames_per_second: float | None = None
     seconds_trained: float | None = None
+
+
+@dataclass(frozen=True)
+class StepTable:
+    """One metric at every step of the horizon, with intervals, a row for each predictor.
+
+    ``note`` stands above it; ``signed`` writes a plus before what is above zero and marks the cells whose interval
+    excludes zero, for differences. ``remarks`` are sentences below it. All rows have the same number of steps.
+    """
+
+    title: str
+    note: str
+    rows: tuple[tuple[str, tuple[Interval, ...]], ...]
+    signed: bool = False
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -156,6 +183,7 @@ class PageContent:
     skill_steps: tuple[int, ...]
     rows: tuple[Row, ...]
     baseline: str = "advect"
+    tables: tuple[StepTable, ...] = ()
     charts: tuple[Chart, ...] = ()
     clips: tuple[Clip, ...] = ()
     teachers: tuple[TeacherRow, ...] = ()
@@ -168,14 +196,18 @@ class PageContent:
 
 def build_page(content: PageContent) -> str:
     """The page as one string. Raises `ValueError` where a row's ``skill_at`` does not match ``skill_steps``, names of
-    rows repeat, or the films of a clip differ in shape."""
+    rows repeat, rows of a table differ in steps, or the films of a clip differ in shape."""
     names = [row.name for row in content.rows]
     if len(set(names)) < len(names):
         raise ValueError(f"rows of the report need different names, got {names}")
     for row in content.rows:
         if len(row.skill_at) != len(content.skill_steps):
             raise ValueError(f"row {row.name!r} gives skill at {len(row.skill_at)} of steps {content.skill_steps}")
-    known = dict.fromkeys([*names, *(curve.name for chart in content.charts for curve in chart.curves)])
+    for table in content.tables:
+        if len(lengths := {len(cells) for _, cells in table.rows}) != 1:
+            raise ValueError(f"table {table.title!r} needs rows with the same steps, got {sorted(lengths)}")
+    drawn = [curve.name for chart in content.charts for curve in chart.curves]
+    known = dict.fromkeys([*names, *(name for table in content.tables for name, _ in table.rows), *drawn])
     colours = {name: k % _COLOURS for k, name in enumerate(known)}
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -184,10 +216,11 @@ def build_page(content: PageContent) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "count": count, "duration": duration, "png": _png}
+    environment.filters |= {"number": number, "signed": signed, "count": count, "duration": duration, "png": _png}
     return environment.get_template("page.html.j2").render(
         content=content,
         colours=colours,
+        extra=[column for column in _EXTRA if any(_is_known(getattr(row, column[1])) for row in content.rows)],
         charts=[(chart, Markup(draw_chart(chart, colours))) for chart in content.charts],  # noqa: S704
         films=[(clip, _atlas(clip)) for clip in content.clips],
         whisker_axis=_whisker_axis(content.rows),
@@ -202,6 +235,12 @@ def number(value: int | float | None, digits: int = 3) -> str:
         return _ABSENT
     text = f"{value:.{digits}f}"
     return (_MINUS + text[1:]) if text.startswith("-") and float(text) else text.removeprefix("-")
+
+
+def signed(value: int | float | None, digits: int = 3) -> str:
+    """As `number`, with a plus before what is above zero once rounded."""
+    text = number(value, digits)
+    return f"+{text}" if value is not None and round(value, digits) > 0 else text
 
 
 def count(value: int | float | None) -> str:
@@ -258,6 +297,10 @@ def _atlas(clip: Clip) -> _Atlas:
         film[:, y : y + cell_h, x : x + cell_w] = padded
     url = "data:video/mp4;base64," + base64.b64encode(encode_video(film, clip.fps)).decode()
     return _Atlas(url, w, h, places[0], tuple(zip(places[1::2], places[2::2], strict=True)))
+
+
+def _is_known(value: float | None) -> bool:
+    return value is not None and not math.isnan(value)
 
 
 def _whisker_axis(rows: tuple[Row, ...]) -> tuple[float, float]:

@@ -19,7 +19,7 @@ from pipeline.dag import stale_deps, write_deps
 from pipeline.errors import PipelineError, WorkspaceError
 from pipeline.executors import PART, part_of
 from pipeline.params import reference
-from pipeline.stage import WORK
+from pipeline.stage import WORK, read_runs
 
 COLUMNS = (
     ("skill", "skill", 3),
@@ -30,6 +30,15 @@ COLUMNS = (
     ("ssim", "SSIM", 4),
     ("fg_psnr", "objects dB", 2),
 )
+MEASURED = (
+    ("lpips", "LPIPS", 4),
+    ("box_iou", "box IoU", 3),
+    ("collision_ap", "collision AP", 3),
+    ("collision_base_rate", "by chance", 3),
+    ("parameters", "parameters", 0),
+    ("frames_per_second", "frames/s", 0),
+)
+"""Columns of what some runs have only; the speed is that of this machine's own runs."""
 
 
 PROGRAMS = {
@@ -125,15 +134,22 @@ def _results(_: argparse.Namespace) -> int:
     if not file.exists():
         raise WorkspaceError(f"there is no {file}", remedy="run `dvc repro` first")
     figures = json.loads(file.read_text())
+    runs = read_runs()
+    rows = {
+        name: row | {"frames_per_second": runs.get(f"evaluate@{name}", {}).get("frames_per_second")}
+        for name, row in figures.items()
+        if "skill" in row
+    }
     table = Table(title="skill = 1 - MSE / MSE(copy_last), over the horizon and at single steps")
     table.add_column("predictor", no_wrap=True)
-    for title in (column[1] for column in COLUMNS):
+    columns = [*COLUMNS, *(c for c in MEASURED if any(row.get(c[0]) is not None for row in rows.values()))]
+    for title in (column[1] for column in columns):
         table.add_column(title, justify="right", no_wrap=True)
-    for name, row in figures.items():
-        if "skill" in row:
-            cells = [f"{row[key]:.{digits}f}" if key in row else "-" for key, _, digits in COLUMNS]
-            table.add_row(name, *cells)
+    for name, row in rows.items():
+        cells = ["-" if row.get(key) is None else f"{row[key]:,.{digits}f}" for key, _, digits in columns]
+        table.add_row(name, *cells)
     console = _console()
+    console.width = max(console.width, console.measure(table, options=console.options.update(width=1000)).maximum)
     console.print(table)
     teacher = figures.get("teacher")
     if teacher:

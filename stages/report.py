@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,22 +14,33 @@ import torch
 
 from data.chart import Chart, Curve
 from data.manifest import read_manifest, write_json
-from data.page import Clip, Interval, PageContent, Provenance, Quarantined, Row, Tile, Timing, build_page
+from data.page import Clip, Interval, PageContent, Provenance, Quarantined, Row, StepTable, Tile, Timing, build_page
 from models.autoencoder import LatentVAE, load_vae
+from models.comparison import Comparison, compare, verdict
 from models.evaluation import Evaluation, evaluate_reconstruction
-from models.metrics import METRICS, Estimate, Score, paired_difference, score
+from models.metrics import METRICS, Estimate, Score
 from models.results import read_results
 from pipeline.progress import progress
 from pipeline.stage import ARTIFACTS, Job, read_runs, run_stage
-from stages.evaluate import Windows
+from stages.evaluate import Windows, perceptual_of
 from stages.gallery import flow_gallery, reconstruction_gallery
 from stages.teacher_accuracy import measure_teacher
 
 BASELINES = ("copy_last", "advect")
+REFERENCE = "advect"
+"""What a predictor has to beat: knowing the last motion, and nothing learned."""
 CEILING = "vae_ceiling"
+ROW_METRICS = ("psnr", "ssim", "fg_psnr", "lpips", "box_iou", "collision_ap", "collision_base_rate")
 SHARED_RULES = ("most motion", "median motion", "first")
 """Rules that choose the same window for every predictor, so that their clips stand side by side."""
-CURVES = (("skill", True), ("psnr", False), ("fg_psnr", False), ("ssim", False))
+CURVES = (
+    ("skill", True),
+    ("psnr", False),
+    ("fg_psnr", False),
+    ("ssim", False),
+    ("lpips", False),
+    ("box_iou", False),
+)
 VERSIONS = ("clevrcast", "torch", "torchvision", "zarr", "decord", "opencv-python", "dvc", "diffusers", "pybullet")
 
 
@@ -47,16 +58,20 @@ def run(job: Job) -> None:
             seed=job.params.evaluate.seed,
             device=job.device,
             parameters=sum(p.numel() for p in vae.parameters()),
+            perceptual=perceptual_of(job),
         )
-    seed = job.params.evaluate.seed
-    scores = {r.name: score(r.state, np.random.default_rng(seed)) for r in [*results, ceiling]}
+    everyone = [*results, ceiling]
+    learned = [name for name in names if name not in BASELINES]
+    comparison = compare(everyone, baseline=REFERENCE, others=learned, seed=job.params.evaluate.seed)
+    scores = comparison.scores
     teacher, teacher_figures = measure_teacher(job, windows.source.videos)
     content = PageContent(
         title=f"clevrcast: {job.params.evaluate.protocol}",
         summary=_summary(results, scores),
         facts=_facts(job, windows, results[0]),
         skill_steps=_headline_steps(windows.horizon),
-        rows=tuple(_row(r, scores, results, windows.horizon, seed) for r in [*results, ceiling]),
+        rows=tuple(_row(r, comparison, windows.horizon) for r in everyone),
+        tables=_tables(comparison),
         charts=_charts(scores),
         clips=_clips(results, windows.fps, job.params.report.examples),
         teachers=(teacher,) if teacher is not None else (),
@@ -68,7 +83,8 @@ def run(job: Job) -> None:
     )
     job.out.mkdir(parents=True, exist_ok=True)
     (job.out / "index.html").write_text(build_page(content))
-    write_json(job.out / "metrics.json", _metrics(scores, windows.horizon) | {"teacher": teacher_figures})
+    figures = _metrics(everyone, comparison, windows.horizon)
+    write_json(job.out / "metrics.json", figures | {"teacher": teacher_figures})
 
 
 def _headline_steps(horizon: int) -> tuple[int, ...]:
@@ -80,7 +96,7 @@ def _summary(results: Sequence[Evaluation], scores: dict[str, dict[str, Score]])
     if not learned:
         return "Only the baselines were evaluated."
     best = max(learned, key=lambda name: scores[name]["skill"].overall.value)
-    skill, base = (scores[name]["skill"].overall for name in (best, "advect"))
+    skill, base = (scores[name]["skill"].overall for name in (best, REFERENCE))
     if not skill.value > 0:
         return f"No learned predictor beats copying the last frame: the best, {best}, has a skill of {skill.value:.2f}."
     interval = f" (95 % interval {_percent(skill.low)} to {_percent(skill.high)})" if math.isfinite(skill.low) else ""
@@ -105,16 +121,10 @@ def _facts(job: Job, windows: Windows, first: Evaluation) -> tuple[tuple[str, st
     )
 
 
-def _row(
-    result: Evaluation, scores: dict[str, dict[str, Score]], all_results: Sequence[Evaluation], horizon: int, seed: int
-) -> Row:
-    mine, runs = scores[result.name], read_runs()
+def _row(result: Evaluation, comparison: Comparison, horizon: int) -> Row:
+    mine, runs = comparison.scores[result.name], read_runs()
     kind = "ceiling" if result.name == CEILING else "baseline" if result.name in BASELINES else "predictor"
-    advantage = None
-    if kind == "predictor":
-        advect = next(r for r in all_results if r.name == "advect")
-        rng = np.random.default_rng(seed)
-        advantage = _interval(paired_difference(result.state, advect.state, "skill", rng).overall)
+    difference = comparison.advantage.get(result.name)
     trained = runs.get(f"train@{result.name}", {}) if kind == "predictor" else {}
     speed = result.speed.frames_per_second if result.speed is not None else _speed(runs, result.name)
     return Row(
@@ -122,10 +132,8 @@ def _row(
         kind=kind,
         skill=_interval(mine["skill"].overall),
         skill_at=tuple(mine["skill"].steps[k - 1].value for k in _headline_steps(horizon)),
-        psnr=mine["psnr"].overall.value,
-        ssim=mine["ssim"].overall.value,
-        fg_psnr=mine["fg_psnr"].overall.value if "fg_psnr" in mine else None,
-        advantage=advantage,
+        **{name: mine[name].overall.value for name in ROW_METRICS if name in mine},
+        advantage=_interval(difference.overall) if difference is not None else None,
         parameters=result.parameters,
         frames_per_second=speed,
         seconds_trained=trained.get("build_seconds"),
@@ -140,6 +148,29 @@ def _interval(estimate: Estimate) -> Interval:
     return Interval(estimate.value, estimate.low, estimate.high)
 
 
+def _tables(comparison: Comparison) -> tuple[StepTable, ...]:
+    def row(name: str, score: Score) -> tuple[str, tuple[Interval, ...]]:
+        return name, tuple(_interval(step) for step in score.steps)
+
+    skill = StepTable(
+        "Skill by step",
+        "At every predicted frame, with 95 % intervals over videos. Where two intervals overlap, the predictors may "
+        f"still differ: the difference to {comparison.baseline} has a table of its own.",
+        tuple(row(name, scores["skill"]) for name, scores in comparison.scores.items()),
+    )
+    if not comparison.advantage:
+        return (skill,)
+    advantage = StepTable(
+        f"Against {comparison.baseline}",
+        f"Skill minus that of {comparison.baseline} on the same videos, with 95 % intervals. Bold: the interval is "
+        "above zero; italic and underlined: below.",
+        tuple(row(name, difference) for name, difference in comparison.advantage.items()),
+        signed=True,
+        remarks=tuple(verdict(name, comparison.baseline, d) for name, d in comparison.advantage.items()),
+    )
+    return skill, advantage
+
+
 def _charts(scores: dict[str, dict[str, Score]]) -> tuple[Chart, ...]:
     charts = []
     for metric, zero in CURVES:
@@ -151,8 +182,8 @@ def _charts(scores: dict[str, dict[str, Score]]) -> tuple[Chart, ...]:
             steps = mine[metric].steps
             values, low, high = (tuple(_known(getattr(s, f)) for s in steps) for f in ("value", "low", "high"))
             curves.append(Curve(name, values, low, high, role))
-        if curves:
-            definition = METRICS[metric]
+        definition = METRICS[metric]
+        if curves and definition.better != "neither":
             charts.append(Chart(metric, definition.unit, definition.better, tuple(curves), zero))
     return tuple(charts)
 
@@ -212,13 +243,25 @@ def _provenance(job: Job, vae: LatentVAE) -> tuple[Provenance, ...]:
     )
 
 
-def _metrics(scores: dict[str, dict[str, Score]], horizon: int) -> dict[str, Any]:
+def _metrics(results: Sequence[Evaluation], comparison: Comparison, horizon: int) -> dict[str, Any]:
     """Flat figures per row of the table, rounded so that a difference in `dvc metrics diff` means something."""
     out: dict[str, Any] = {}
-    for name, mine in scores.items():
-        out[name] = {metric: round(s.overall.value, 5) for metric, s in mine.items() if math.isfinite(s.overall.value)}
-        out[name] |= {f"skill_{k}": round(mine["skill"].steps[k - 1].value, 5) for k in _headline_steps(horizon)}
+    for result in results:
+        mine = comparison.scores[result.name]
+        row = _rounded({metric: s.overall.value for metric, s in mine.items()})
+        row |= _rounded({f"skill_{k}": mine["skill"].steps[k - 1].value for k in _headline_steps(horizon)})
+        out[result.name] = row | {"parameters": result.parameters}
+    if comparison.advantage:
+        out[f"against_{comparison.baseline}"] = {
+            name: _rounded(vars(d.overall))
+            | {"step": {str(k): _rounded(vars(step)) for k, step in enumerate(d.steps, start=1)}}
+            for name, d in comparison.advantage.items()
+        }
     return out
+
+
+def _rounded(values: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(value, 5) for name, value in values.items() if math.isfinite(value)}
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from data.page import (
     Provenance,
     Quarantined,
     Row,
+    StepTable,
     TeacherRow,
     Tile,
     Timing,
@@ -31,6 +32,7 @@ from data.page import (
     count,
     duration,
     number,
+    signed,
 )
 
 HOSTILE = "<script>alert('x')</script>&\"</title>"
@@ -67,6 +69,16 @@ def content(**changes: object) -> PageContent:
                 seconds_trained=7800.0,
             ),
             Row("vae", "ceiling", Interval(0.9), (0.8, 0.95)),
+        ),
+        tables=(
+            StepTable("Skill by step", "All of it.", (("warp", (Interval(0.5, 0.4, 0.6), Interval(0.25))),)),
+            StepTable(
+                "Against advect",
+                "Differences.",
+                (("warp", (Interval(0.1, 0.05, 0.15), Interval(-0.2, -0.3, -0.1), Interval(0.0, -0.1, 0.1))),),
+                signed=True,
+                remarks=("warp beats advect at step 1.",),
+            ),
         ),
         charts=(Chart("Skill", "", "higher", curves, zero=True),),
         clips=(Clip("sim_00010", 8, "most motion", 2, 12.5, film(60), (Tile("warp", film(80), "skill 0.1"),)),),
@@ -140,6 +152,7 @@ def test_everything_is_escaped() -> None:
             summary=HOSTILE,
             facts=((HOSTILE, HOSTILE),),
             rows=(Row(HOSTILE, "predictor", Interval(0.1), (0.1, 0.1)),),
+            tables=(StepTable(HOSTILE, HOSTILE, ((HOSTILE, (Interval(0.1),)),), remarks=(HOSTILE,)),),
             charts=(Chart(HOSTILE, HOSTILE, "lower", (Curve(HOSTILE, (1.0, 2.0)),)),),
             clips=(Clip(HOSTILE, 0, HOSTILE, 2, 12.5, film(1), (Tile(HOSTILE, film(2), HOSTILE),)),),
             teachers=(TeacherRow(HOSTILE, None, None, None, None),),
@@ -180,7 +193,15 @@ def test_headline_table_in_the_order_given() -> None:
 
 def test_absent_is_said_and_never_zero() -> None:
     bare = content(
-        charts=(), clips=(), teachers=(), galleries=(), quarantine=(), timings=(), provenance=(), definitions=()
+        tables=(),
+        charts=(),
+        clips=(),
+        teachers=(),
+        galleries=(),
+        quarantine=(),
+        timings=(),
+        provenance=(),
+        definitions=(),
     )
     page = build_page(bare)
     reader = Reader(page)
@@ -190,6 +211,67 @@ def test_absent_is_said_and_never_zero() -> None:
     assert "nan" not in " ".join(reader.text).lower()
     anchors = {link[1:] for link in reader.links if link.startswith("#")}
     assert anchors == {"headline", "quarantine"}
+
+
+def test_columns_of_what_was_measured() -> None:
+    copy, advect, warp, vae = content().rows
+    rows = (
+        copy,
+        advect,
+        replace(warp, box_iou=0.625, collision_ap=0.3, collision_base_rate=math.nan),
+        replace(vae, lpips=0.0123),
+    )
+    found = Reader(build_page(content(rows=rows))).rows
+    assert len({len(row) for row in found[:5]}) == 1
+    assert found[0][9:12] == [
+        "LPIPS \N{DOWNWARDS ARROW}",
+        "Box IoU \N{UPWARDS ARROW}",
+        "Collision AP \N{UPWARDS ARROW}",
+    ]
+    absent = "\N{EN DASH}"
+    assert [row[9:12] for row in found[2:5]] == [[absent] * 3, [absent, "0.625", "0.300"], ["0.0123", absent, absent]]
+    assert not any("AP by chance" in row for row in found), "a column without a number is left out"
+
+
+def test_tables_by_step_say_what_excludes_zero() -> None:
+    reader = Reader(build_page(content()))
+    minus = "\N{MINUS SIGN}"
+    assert ["warp", "0.500 [0.400, 0.600]", "0.250"] in reader.rows
+    assert [
+        "warp",
+        "+0.100 [0.050, 0.150]",
+        f"{minus}0.200 [{minus}0.300, {minus}0.100]",
+        f"0.000 [{minus}0.100, 0.100]",
+    ] in reader.rows
+    cells = [attrs["class"] for tag, attrs in reader.tags if tag == "td" and (attrs.get("class") or "")[:6] == "number"]
+    assert [name for name in cells if name in ("number above", "number below")] == ["number above", "number below"]
+    assert "warp beats advect at step 1." in [text.strip() for text in reader.text]
+    ragged = StepTable("t", "", (("a", (Interval(1.0),)), ("b", ())))
+    with pytest.raises(ValueError, match=r"table 't' needs rows with the same steps, got \[0, 1\]"):
+        build_page(content(tables=(ragged,)))
+
+
+def test_ten_predictors_have_ten_colours_and_fit_into_a_page() -> None:
+    rng = np.random.default_rng(0)
+    h, w, t = 128, 192, 16
+    waves = np.cumsum(rng.normal(0, 3, (h, w + t, 3)), axis=1) + 120  # rougher than CLEVRER
+
+    def rolled(noise: float) -> np.ndarray:
+        moving = np.stack([waves[:, k : k + w] for k in range(t)])
+        return (moving + rng.normal(0, noise, moving.shape)).clip(0, 255).astype(np.uint8)
+
+    names = [f"predictor_{k}" for k in range(10)]
+    kinds = {"copy_last": "baseline", "advect": "baseline", **dict.fromkeys(names, "predictor"), "vae": "ceiling"}
+    rows = tuple(Row(name, kind, Interval(0.5, 0.4, 0.6), (0.5, 0.4)) for name, kind in kinds.items())  # pyright: ignore[reportArgumentType]
+    tables = (StepTable("s", "", tuple((name, (Interval(0.5, 0.4, 0.6),) * 12) for name in kinds)),)
+    tiles = tuple(Tile(name, rolled(4.0)) for name in list(kinds)[:-1])
+    clip = Clip("v", 0, "first", 4, 12.5, rolled(0.0), tiles)
+    page = build_page(content(rows=rows, tables=tables, clips=(clip,)))
+    assert 3 * len(page) < 25e6, "three such clips and all else"
+    colours = re.findall(r"swatch (c\d+)", page.split('class="headline"')[1].split("</table>")[0])
+    assert len(set(colours)) == len(kinds)
+    for colour in colours:
+        assert f".{colour} {{" in page
 
 
 def test_every_section_has_what_it_was_given() -> None:
@@ -259,6 +341,10 @@ def test_nonsense_is_refused() -> None:
 )
 def test_numbers(value: float | None, expected: str) -> None:
     assert number(value) == expected
+
+
+def test_signed_numbers() -> None:
+    assert [signed(v) for v in (0.25, 0.0001, -0.25, None)] == ["+0.250", "0.000", "\N{MINUS SIGN}0.250", "\N{EN DASH}"]
 
 
 def test_counts_and_durations() -> None:
