@@ -107,3 +107,27 @@ class Matching(nn.Module):
         flow_bwd = 2 * torch.einsum("bkhw,kc->bchw", share, steps)
         found = torch.cat([flow_bwd, share.amax(1, keepdim=True)], dim=1)
         return F.interpolate(found, present.shape[-2:], mode="bilinear", align_corners=False)
+
+
+class ConvLSTMCell(nn.Module):
+    """An LSTM whose state is a grid and whose weights are 3x3 convolutions (Shi et al. 2015, arXiv 1506.04214).
+
+    Without the paper's peepholes, which are weights per place and would tie the cell to one size. The forget gate
+    starts open (bias 1, Jozefowicz et al. 2015). The memory is kept in float32: it adds up over the whole clip.
+    """
+
+    def __init__(self, inputs: int, hidden: int) -> None:
+        super().__init__()
+        self.hidden = hidden
+        self.gates = nn.Conv2d(inputs + hidden, 4 * hidden, 3, padding=1)
+        with torch.no_grad():
+            self.gates.bias[hidden : 2 * hidden] = 1.0  # pyright: ignore[reportOptionalSubscript]  # it has a bias
+
+    def forward(
+        self, x: Float[Tensor, "b c h w"], hidden: Float[Tensor, "b d h w"], memory: Float[Tensor, "b d h w"]
+    ) -> tuple[Float[Tensor, "b d h w"], Float[Tensor, "b d h w"]]:
+        """The next hidden state and memory."""
+        gates = self.gates(torch.cat([x.to(hidden.dtype), hidden], dim=1))
+        enter, forget, leave, new = gates.float().chunk(4, dim=1)
+        memory = forget.sigmoid() * memory + enter.sigmoid() * new.tanh()
+        return leave.sigmoid() * memory.tanh(), memory
