@@ -25,7 +25,10 @@ from models.warp import advect_flow, backward_warp, resize_flow
 HEIGHT, WIDTH, CONTEXT, HORIZON = 32, 48, 4, 3
 
 # Smaller than the defaults, so that the whole folder is tested in seconds. A predictor may be absent.
-SMALL: dict[str, dict[str, Any]] = {"latent_warp": {"width": 16, "features": 16, "blocks": 2}}
+SMALL: dict[str, dict[str, Any]] = {
+    "latent_warp": {"width": 16, "features": 16, "blocks": 2},
+    "two_stream": {"width": 16, "features": 16, "motion_blocks": 2, "appearance_blocks": 2},
+}
 
 
 def scene(count: int = 2, seed: int = 0, frames: int = CONTEXT + HORIZON) -> Clip:
