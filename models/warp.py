@@ -19,7 +19,7 @@ from torch import Tensor
 
 from data.resize import resize_flow
 
-__all__ = ["advect_flow", "backward_warp", "resize_flow"]
+__all__ = ["advect_flow", "backward_warp", "fastest_nearby", "resize_flow"]
 
 
 def backward_warp(
@@ -58,11 +58,15 @@ def advect_flow(flow_bwd: Float[Tensor, "b 2 h w"], *, reach: int = 3) -> Float[
     (docs/log.md). Gradients pass through the vectors, not through the places they are looked up at: trained
     through, twelve look-ups in a row explode.
     """
-    with torch.no_grad():
-        h, w = flow_bwd.shape[-2:]
-        speed = flow_bwd.norm(dim=1, keepdim=True)
-        _, place = F.max_pool2d(speed, 2 * reach + 1, stride=1, padding=reach, return_indices=True)
-        largest = flow_bwd.flatten(2).gather(2, place.flatten(2).expand(-1, 2, -1)).unflatten(2, (h, w))
-    arriving = backward_warp(flow_bwd, largest)
-    faster = arriving.norm(dim=1, keepdim=True) > speed
+    arriving = backward_warp(flow_bwd, fastest_nearby(flow_bwd, reach))
+    faster = arriving.norm(dim=1, keepdim=True) > flow_bwd.norm(dim=1, keepdim=True)
     return torch.where(faster, arriving, flow_bwd)
+
+
+@torch.no_grad()
+def fastest_nearby(flow_bwd: Float[Tensor, "b 2 h w"], reach: int) -> Float[Tensor, "b 2 h w"]:
+    """The longest vector within ``reach`` cells (a square) of every cell. No gradient passes."""
+    h, w = flow_bwd.shape[-2:]
+    speed = flow_bwd.norm(dim=1, keepdim=True)
+    _, place = F.max_pool2d(speed, 2 * reach + 1, stride=1, padding=reach, return_indices=True)
+    return flow_bwd.flatten(2).gather(2, place.flatten(2).expand(-1, 2, -1)).unflatten(2, (h, w))

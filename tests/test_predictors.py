@@ -31,6 +31,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "latent_transformer": {"patch": 4, "width": 32, "heads": 2, "blocks": 2, "features": 16, "kernel": 3},
     "latent_warp": {"width": 16, "features": 16, "blocks": 2},
     "pixel_warp_lstm": {"width": 16, "depth": 1, "hidden": 16, "middle": 16, "fine": 8},
+    "two_stream": {"width": 16, "features": 16, "motion_blocks": 2, "appearance_blocks": 2},
 }
 
 
