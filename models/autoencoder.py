@@ -20,6 +20,7 @@ from data.errors import WeightsError
 from models.block_vae import BlockVAE
 from models.kl_vae import KLVAE
 from models.latent_vae import LatentVAE, Vaes, encode_windows
+from models.weights import refuse_misfits
 
 __all__ = ["KLVAE", "BlockVAE", "LatentVAE", "Vaes", "encode_windows", "load_vae"]
 
@@ -107,17 +108,14 @@ def read_vae(folder: Path) -> tuple[LatentVAE, bool]:
             output_loading_info=True,
         )
     except (OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
-        raise WeightsError(f"{folder} cannot be loaded: {str(error)[:500]}", remedy=remedy) from error
+        raise WeightsError(f"{folder} cannot be loaded: {' '.join(str(error).split())[:400]}", remedy=remedy) from error
     finally:
         logging.set_verbosity(loud)
     vae, info = loaded
     missing = set(info["missing_keys"])
     calibrated = not missing & _STATISTICS
-    wrong = [f"{key} is missing" for key in sorted(missing - _STATISTICS)]
-    wrong += [f"{key} is unknown" for key in sorted(info["unexpected_keys"])]
-    if wrong:
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise WeightsError(f"{folder / WEIGHTS} does not fit: {', '.join(wrong[:5])}{more}", remedy=remedy)
+    source = str(folder / WEIGHTS)
+    refuse_misfits(missing - _STATISTICS, info["unexpected_keys"], source=source, remedy=remedy)
     return vae.eval().requires_grad_(False), calibrated
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from data.errors import WeightsError
 from models.autoencoder import LatentVAE, Vaes
 from models.predictor import Predictor, build
+from models.weights import fit_weights
 
 WEIGHTS, META = "model.safetensors", "meta.json"
 
@@ -141,13 +142,8 @@ def load_own_state(
     predictor: Predictor, state: dict[str, Tensor], *, remedy: str = "train the predictor again"
 ) -> None:
     """Put back what `Predictor.own_state` gave. Raises WeightsError naming what is missing, unknown or misshapen."""
-    own = predictor.own_state()
-    wrong = sorted(set(own) ^ set(state)) or [key for key in own if own[key].shape != state[key].shape]
-    if wrong:
-        raise WeightsError(f"the weights do not fit {type(predictor).__name__}: {', '.join(wrong[:5])}", remedy=remedy)
-    with torch.no_grad():
-        for key, value in own.items():
-            value.copy_(state[key])
+    source = f"the checkpoint of {type(predictor).__name__}"
+    fit_weights(predictor.own_state(), state, source=source, remedy=remedy)
 
 
 def _weights(folder: Path, meta: CheckpointMeta) -> dict[str, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
@@ -28,9 +30,9 @@ class KLVAE(LatentVAE, AutoencoderKL):  # pyright: ignore[reportIncompatibleMeth
         *,
         in_channels: int = 3,
         out_channels: int | None = None,
-        down_block_types: tuple[str, ...] | None = None,
-        up_block_types: tuple[str, ...] | None = None,
-        block_out_channels: tuple[int, ...] = (32, 64),
+        down_block_types: Sequence[str] | None = None,
+        up_block_types: Sequence[str] | None = None,
+        block_out_channels: Sequence[int] = (32, 64),
         layers_per_block: int = 1,
         act_fn: str = "silu",
         latent_channels: int = 4,
@@ -38,8 +40,8 @@ class KLVAE(LatentVAE, AutoencoderKL):  # pyright: ignore[reportIncompatibleMeth
         sample_size: int = 32,
         scaling_factor: float = 1.0,
         shift_factor: float | None = None,
-        latents_mean: tuple[float, ...] | None = None,
-        latents_std: tuple[float, ...] | None = None,
+        latents_mean: Sequence[float] | None = None,
+        latents_std: Sequence[float] | None = None,
         force_upcast: bool = True,
         use_quant_conv: bool = True,
         use_post_quant_conv: bool = True,

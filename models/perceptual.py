@@ -66,7 +66,7 @@ def load_lpips(path: Path) -> Perceptual:
     if not isinstance(weights, dict):
         raise WeightsError(f"{path} holds a {type(weights).__name__}, not a state dict", remedy=remedy)
     perceptual = Perceptual()
-    fit_weights(perceptual.lpips, weights, source=f"{path} (for LPIPS on SqueezeNet)", remedy=remedy)
+    fit_weights(perceptual.lpips.state_dict(), weights, source=f"{path} (for LPIPS on SqueezeNet)", remedy=remedy)
     return perceptual
 
 

@@ -1,19 +1,31 @@
-"""The frame VAE: ranges, statistics, equivariance's start, saving, and that training improves it."""
+"""The autoencoders: ranges, statistics, the start before training, saving, loading and checkpoints of others."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from safetensors.torch import load_file, save_file
 
-from data.errors import EmptyError
-from models.autoencoder import BlockVAE, load_vae
+from data.errors import EmptyError, WeightsError
+from models.autoencoder import (
+    KLVAE,
+    WEIGHTS,
+    BlockOptions,
+    BlockVAE,
+    KLOptions,
+    LatentVAE,
+    build_vae,
+    load_vae,
+    read_pretrained,
+    read_vae,
+)
 from models.checkpoint import digest
 from models.reconstruction import psnr
-from models.vae_training import VaeOptions, random_flow, train_vae
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -115,26 +127,126 @@ def test_saved_and_loaded_it_is_the_same(tmp_path: Path) -> None:
     assert not any(p.requires_grad for p in again.parameters())
 
 
-def test_random_flow_stays_in_its_range() -> None:
-    flow = random_flow(torch.zeros(4, 3, 32, 48), 5.0, torch.Generator().manual_seed(0))
-    assert flow.shape == (4, 2, 32, 48)
-    assert 4.0 < flow.abs().max() <= 5.0
+def small_kl(key: str = "frame", **options: Any) -> LatentVAE:
+    torch.manual_seed(0)
+    small = KLOptions.model_validate({"block_out_channels": (8, 16, 16), "norm_num_groups": 4, **options})
+    return build_vae("kl", key, small)
 
 
-def test_training_improves_and_is_deterministic() -> None:
-    options = VaeOptions(steps=12, learning_rate=6e-3, warmup=2, precision="float32", ema=0.5)
+def test_the_kl_architecture_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
+    vae, x = small_kl(), pictures()
+    assert vae.stride == 4
+    assert vae.encode(x).latent_dist.mean.shape == (8, 4, 8, 12)
+    vae.calibrate([x])
+    vae.save_pretrained(str(tmp_path))
+    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
+    again = load_vae(tmp_path)
+    assert type(again) is KLVAE
+    assert digest(again) == digest(vae)
+    assert torch.equal(again.to_latents(x), vae.to_latents(x))
+    torch.testing.assert_close(again.to_latents(x).std((0, 2, 3), correction=0), torch.ones(4), atol=1e-3, rtol=0)
+    assert not again.training
+    assert not any(p.requires_grad for p in again.parameters())
 
-    def run() -> tuple[BlockVAE, list[float]]:
-        vae = small_vae(latent_channels=6)
-        result = train_vae(vae, repeat(pictures()), options, generator=torch.Generator().manual_seed(0))
-        return vae, result.curves["loss"]
 
-    first, losses = run()
-    second, _ = run()
-    assert digest(first) == digest(second)
-    assert losses[-1] < 0.8 * losses[0]
+def test_the_kl_architecture_works_in_bfloat16_and_keeps_its_posterior_exact() -> None:
+    vae, x = small_kl(), pictures(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        posterior, out = vae.encode(x).latent_dist, vae(x).sample
+    assert posterior.mean.dtype == out.dtype == torch.float32
+    torch.testing.assert_close(out, vae(x).sample, atol=0.05, rtol=0)
 
 
-def test_without_data_training_says_so() -> None:
-    with pytest.raises(EmptyError):
-        train_vae(small_vae(), iter([]), VaeOptions(), generator=torch.Generator())
+def plain(folder: Path, **config: Any) -> AutoencoderKL:
+    """A checkpoint as diffusers saves it."""
+    torch.manual_seed(1)
+    levels = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    small = {"block_out_channels": (8, 16), "norm_num_groups": 4, "scaling_factor": 0.3, **levels, **config}
+    vae = AutoencoderKL(**small).eval()
+    vae.save_pretrained(str(folder))
+    return vae
+
+
+def test_a_plain_checkpoint_of_diffusers_is_read_in_its_own_scaling(tmp_path: Path) -> None:
+    theirs, x = plain(tmp_path), pictures()
+    ours, calibrated = read_vae(tmp_path)
+    assert not calibrated
+    assert ours.config["scaling_factor"] == 0.3
+    with torch.no_grad():
+        z = theirs.encode(2 * x - 1).latent_dist.mean  # pyright: ignore[reportAttributeAccessIssue]
+        assert torch.equal(ours.encode(x).latent_dist.mean, z)
+        assert torch.equal(ours(x).sample, theirs.decode(z).sample * 0.5 + 0.5)  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(WeightsError, match="no statistics of its latents"):
+        load_vae(tmp_path)
+
+
+def test_diffusers_reads_our_weights(tmp_path: Path) -> None:
+    vae = small_kl()
+    vae.save_pretrained(str(tmp_path))
+    theirs = AutoencoderKL.from_pretrained(str(tmp_path), low_cpu_mem_usage=False)
+    own = vae.state_dict()
+    assert all(torch.equal(own[key], value) for key, value in theirs.state_dict().items())
+
+
+def test_attention_weights_under_their_former_names_are_read(tmp_path: Path) -> None:
+    theirs = plain(tmp_path)
+    former = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+    file, renamed = tmp_path / WEIGHTS, {}
+    for key, value in load_file(file).items():
+        for new, old in former.items():
+            key = key.replace(new, old)
+        renamed[key] = value
+    assert set(renamed) != set(theirs.state_dict())
+    save_file(renamed, file)
+    ours, _ = read_vae(tmp_path)
+    assert all(torch.equal(ours.state_dict()[key], value) for key, value in theirs.state_dict().items())
+
+
+def test_a_pretrained_folder_has_to_be_what_was_asked_for(tmp_path: Path) -> None:
+    plain(tmp_path)
+    vae, _ = read_pretrained(tmp_path, "kl", "frame", KLOptions())  # options that are not set agree with anything
+    assert vae.stride == 2
+    read_pretrained(tmp_path, "kl", "frame", KLOptions(block_out_channels=(8, 16), norm_num_groups=4))
+    for architecture, key, options, said in (
+        ("block", "frame", BlockOptions(), "architecture is kl instead of block"),
+        ("kl", "flow", KLOptions(), r"in_channels is 3 instead of 2.*scale is 0\.5 instead of 8\.0"),
+        ("kl", "frame", KLOptions(latent_channels=8), "latent_channels is 4 instead of 8"),
+        ("kl", "frame", KLOptions(block_out_channels=(8,)), r"block_out_channels is \[8, 16\] instead of \[8\]"),
+    ):
+        with pytest.raises(WeightsError, match=said):
+            read_pretrained(tmp_path, architecture, key, options)
+
+
+def test_folders_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
+    def refused(said: str) -> None:
+        with pytest.raises(WeightsError, match=said):
+            read_vae(tmp_path)
+
+    refused(r"no autoencoder in .*config\.json is absent")
+    plain(tmp_path)
+    weights, config = tmp_path / WEIGHTS, tmp_path / "config.json"
+    good, settings = load_file(weights), config.read_text()
+    save_file({key: value for key, value in good.items() if key != "quant_conv.bias"}, weights)
+    refused("does not fit: quant_conv.bias is missing")
+    save_file({**good, "extra": torch.zeros(1)}, weights)
+    refused("does not fit: extra is unknown")
+    save_file({**good, "quant_conv.bias": torch.zeros(5)}, weights)
+    refused(r"cannot be loaded: .* size mismatch for quant_conv\.bias.*\[5\].*\[8\]")
+    weights.write_bytes(b"no tensors")
+    refused("cannot be loaded")
+    weights.unlink()
+    torch.save(good, tmp_path / "diffusion_pytorch_model.bin")
+    refused(r"has no diffusion_pytorch_model\.safetensors")
+    config.write_text(settings.replace("AutoencoderKL", "UNet2DModel"))
+    refused("_class_name 'UNet2DModel', known are BlockVAE, KLVAE, AutoencoderKL")
+    config.write_text("{")
+    refused("is not JSON")
+
+
+def test_errors_of_the_kl_architecture_name_both_values() -> None:
+    with pytest.raises(ValueError, match="norm_num_groups=3 does not divide block_out_channels"):
+        small_kl(norm_num_groups=3)
+    with pytest.raises(ValueError, match="height 30 and width 48 must be divisible by the stride 4"):
+        small_kl().encode(torch.zeros(1, 3, 30, 48))
+    with pytest.raises(ValueError, match="out_channels=4 is not in_channels=3"):
+        KLVAE(out_channels=4)

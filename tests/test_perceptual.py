@@ -72,7 +72,9 @@ def test_weights_that_are_absent_or_of_another_network_are_refused(tmp_path: Pat
     with pytest.raises(WeightsError, match=r"there is no file .*absent\.pt"):
         load_lpips(tmp_path / "absent.pt")
     torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "other.pt")
-    with pytest.raises(WeightsError, match=r"other\.pt .*does not fit: scaling_layer\.shift is missing.* and \d+ more"):
+    with pytest.raises(
+        WeightsError, match=r"other\.pt .*does not fit: lin0\.model\.1\.weight is missing.* and \d+ more"
+    ):
         load_lpips(tmp_path / "other.pt")
     (tmp_path / "text.pt").write_text("not a checkpoint")
     with pytest.raises(WeightsError, match=r"text\.pt cannot be read"):
