@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.clips import Clip, Context
 from models.augmentation import augment
@@ -141,14 +141,40 @@ class LatentWarp(Predictor):
             true_visible = F.interpolate(visible[:, k - 1], grid, mode="area")
             copying = latent_error(latents[:, x - 1], latents[:, k], gain).mean() + COPYING_FLOOR
             terms["latent"].append(latent_error(step.latent, latents[:, k], gain).mean() / copying)
-            terms["flow"].append(flow_error(resize_flow(step.flow_bwd, *grid), resize_flow(teacher[:, k - 1], *grid)))
+            terms["flow"].append(_flow_term(step, teacher[:, k - 1]))
             terms["mask"].append(visibility_error(step.visible_logits, true_visible))
-            warped = weighted_mean(latent_error(step.warped, latents[:, k], gain), true_visible)
-            terms["warped"].append(warped / copying)
+            terms["warped"].append(self._warped_term(step, latents[:, k], true_visible) / copying)
             terms["residual"].append(step.residual.abs().mean())
         logs = {name: torch.stack(values).mean() for name, values in terms.items()}
         loss = sum((getattr(self.options, name) * value for name, value in logs.items()), start=torch.zeros(()))
         return loss, {name: value.detach() for name, value in logs.items()}
+
+    def flow_parameters(self) -> dict[str, nn.Parameter]:
+        """The flow head, for `models.adaptation`."""
+        return dict(self.flow_head.named_parameters(prefix="flow_head"))
+
+    def observed_loss(self, context: Context) -> Float[Tensor, ""]:
+        """The first ``past`` observed latents predict the remaining ones: error of the warped latent relative to
+        copying where it is visible, plus the flow's error against the teacher (in cells), mean over those frames.
+
+        Raises ValueError where the context holds no more than ``past`` frames.
+        """
+        first, x = self.options.past, context.frames.shape[1]
+        if x <= first:
+            raise ValueError(f"{x} observed frames leave none to learn from: past={first} of them are the input")
+        latents = encode_windows(self.vae, context.frames)
+        steps = self.unroll([latents[:, k] for k in range(first)], context.flow_bwd[:, first - 2], x - first)
+        grid, gain = latents.shape[-2:], self.vae.latent_gain
+        terms = []
+        for k, step in enumerate(steps, start=first):
+            visible = F.interpolate(context.visible[:, k - 1], grid, mode="area")
+            copying = latent_error(latents[:, first - 1], latents[:, k], gain).mean() + COPYING_FLOOR
+            warped = self._warped_term(step, latents[:, k], visible) / copying
+            terms.append(warped + _flow_term(step, context.flow_bwd[:, k - 1]))
+        return torch.stack(terms).mean()
+
+    def _warped_term(self, step: Step, target: Latent, visible: Float[Tensor, "b 1 hz wz"]) -> Float[Tensor, ""]:
+        return weighted_mean(latent_error(step.warped, target, self.vae.latent_gain), visible)
 
     def _targets(self, batch: Clip) -> tuple[Tensor, Tensor, Tensor]:
         """Latents, the teacher's flow and visibility, with every other window mirrored where ``flip`` is on."""
@@ -187,3 +213,8 @@ class LatentWarp(Predictor):
             flow_bwd=torch.stack([resize_flow(s.flow_bwd, *size) for s in steps], 1),
             visible=torch.stack(masks, 1),
         )
+
+
+def _flow_term(step: Step, teacher_bwd: Float[Tensor, "b 2 h w"]) -> Float[Tensor, ""]:
+    grid = step.latent.shape[-2:]
+    return flow_error(resize_flow(step.flow_bwd, *grid), resize_flow(teacher_bwd, *grid))
