@@ -190,7 +190,8 @@ def test_a_budget_of_seconds_ends_the_run_and_carries_the_schedule(monkeypatch: 
     assert rates[-1] < 0.005
     # A resumed run has what is left, not the whole budget again.
     resumed = train(Line(), repeat(clip(8)), plan, keeping=Keeping(state=states[0]))
-    assert abs(resumed.steps - result.steps) <= 2
+    assert states[0].seconds > 5
+    assert resumed.seconds <= 24
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")

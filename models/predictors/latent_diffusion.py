@@ -27,7 +27,7 @@ from models.augmentation import augment
 from models.autoencoder import Vaes, encode_windows
 from models.blocks import Matching, ResidualBlock, coordinates, zero_conv
 from models.denoising import Diffusion, FlowMatching
-from models.losses import latent_error
+from models.losses import COPYING_FLOOR, latent_error
 from models.predictor import Predictor, Rollout
 from models.warp import advect_flow, backward_warp
 
@@ -73,8 +73,6 @@ class Options(BaseModel):
     unroll_steps: int = Field(default=2, ge=1, description="calls of the UNet per frame of such a past")
 
 
-# Windows in which nothing moves have nothing to be relative to.
-COPYING_FLOOR = 0.005
 # The gate is nearly open at the start, so that the branches behind it learn at once.
 OPEN_AT_START = 2.0
 

@@ -10,6 +10,7 @@ corrected by the flow head, so what has been stopped stays stopped.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.clips import Clip, Context
 from models.augmentation import latent_targets
@@ -53,6 +54,8 @@ class Options(BaseModel):
         default=False, description="train on half of the windows with their colour channels rolled; needs flip"
     )
     matching: int = Field(default=4, ge=0, description="radius of the matches, in double cells; unused with a teacher")
+    masked: bool = Field(default=True, description="an occlusion head masks the warped latent; else nothing does")
+    mended: bool = Field(default=True, description="a residual head adds to the warped latent; else nothing does")
     latent: float = Field(default=1.0, ge=0, description="weight of the next latent's error relative to copying")
     flow: float = Field(default=0.03, ge=0, description="weight of the flow's end-point error against the teacher")
     mask: float = Field(default=0.3, ge=0, description="weight of the visibility's error")
@@ -66,9 +69,9 @@ class Step:
 
     latent: Latent
     warped: Latent
-    residual: Latent
     flow_bwd: Float[Tensor, "b 2 hf wf"]
-    visible_logits: Float[Tensor, "b 1 hz wz"]
+    residual: Latent | None = None
+    visible_logits: Float[Tensor, "b 1 hz wz"] | None = None
 
 
 class LatentWarp(Predictor):
@@ -103,8 +106,8 @@ class LatentWarp(Predictor):
             coarsen=options.coarsen,
         )
         self.flow_head = FlowHead(options.features, cell=stride / options.flow_stride)
-        self.occlusion_head = OcclusionHead(options.features, options.features)
-        self.residual_head = ResidualHead(options.features, z, options.features)
+        self.occlusion_head = OcclusionHead(options.features, options.features) if options.masked else None
+        self.residual_head = ResidualHead(options.features, z, options.features) if options.mended else None
 
     def step(self, past: list[Latent], flow_bwd: Float[Tensor, "b 2 hf wf"]) -> Step:
         """One step on: ``past`` from the oldest to the present latent, ``flow_bwd`` of the pair that ended there."""
@@ -122,9 +125,11 @@ class LatentWarp(Predictor):
         corrected = self.flow_head(features, prior)
         after = resize_flow(corrected, *grid)
         warped = backward_warp(present, after)
-        logits = self.occlusion_head(features, before, after.detach())
-        residual = self.residual_head(features, warped)
-        return Step(warped * torch.sigmoid(logits) + residual, warped, residual, corrected, logits)
+        logits = self.occlusion_head(features, before, after.detach()) if self.occlusion_head else None
+        residual = self.residual_head(features, warped) if self.residual_head else None
+        latent = warped if logits is None else warped * torch.sigmoid(logits)
+        latent = latent if residual is None else latent + residual
+        return Step(latent, warped, corrected, residual, logits)
 
     def forward(self, batch: Clip) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
         """Mean over the predicted frames of every term; the rollout is unrolled and trained through."""
@@ -133,19 +138,47 @@ class LatentWarp(Predictor):
         x = self.context
         steps = self.unroll([latents[:, k] for k in range(x)], teacher[:, x - 2], latents.shape[1] - x)
         grid, gain = latents.shape[-2:], self.vae.latent_gain
-        terms: dict[str, list[Tensor]] = {"latent": [], "flow": [], "mask": [], "warped": [], "residual": []}
+        terms: dict[str, list[Tensor]] = defaultdict(list)
         for k, step in enumerate(steps, start=x):
             true_visible = F.interpolate(visible[:, k - 1], grid, mode="area")
             copying = copying_error(latents[:, x - 1], latents[:, k], gain)
             terms["latent"].append(latent_error(step.latent, latents[:, k], gain).mean() / copying)
-            terms["flow"].append(flow_error(resize_flow(step.flow_bwd, *grid), resize_flow(teacher[:, k - 1], *grid)))
-            terms["mask"].append(visibility_error(step.visible_logits, true_visible))
-            warped = weighted_mean(latent_error(step.warped, latents[:, k], gain), true_visible)
-            terms["warped"].append(warped / copying)
-            terms["residual"].append(step.residual.abs().mean())
+            terms["flow"].append(_flow_term(step, teacher[:, k - 1]))
+            terms["warped"].append(self._warped_term(step, latents[:, k], true_visible) / copying)
+            if step.visible_logits is not None:
+                terms["mask"].append(visibility_error(step.visible_logits, true_visible))
+            if step.residual is not None:
+                terms["residual"].append(step.residual.abs().mean())
         logs = {name: torch.stack(values).mean() for name, values in terms.items()}
         loss = sum((getattr(self.options, name) * value for name, value in logs.items()), start=torch.zeros(()))
         return loss, {name: value.detach() for name, value in logs.items()}
+
+    def flow_parameters(self) -> dict[str, nn.Parameter]:
+        """The flow head, for `models.adaptation`."""
+        return dict(self.flow_head.named_parameters(prefix="flow_head"))
+
+    def observed_loss(self, context: Context) -> Float[Tensor, ""]:
+        """The first ``past`` observed latents predict the remaining ones: error of the warped latent relative to
+        copying where it is visible, plus the flow's error against the teacher (in cells), mean over those frames.
+
+        Raises ValueError where the context holds no more than ``past`` frames.
+        """
+        first, x = self.options.past, context.frames.shape[1]
+        if x <= first:
+            raise ValueError(f"{x} observed frames leave none to learn from: past={first} of them are the input")
+        latents = encode_windows(self.vae, context.frames)
+        steps = self.unroll([latents[:, k] for k in range(first)], context.flow_bwd[:, first - 2], x - first)
+        grid, gain = latents.shape[-2:], self.vae.latent_gain
+        terms = []
+        for k, step in enumerate(steps, start=first):
+            visible = F.interpolate(context.visible[:, k - 1], grid, mode="area")
+            copying = copying_error(latents[:, first - 1], latents[:, k], gain)
+            warped = self._warped_term(step, latents[:, k], visible) / copying
+            terms.append(warped + _flow_term(step, context.flow_bwd[:, k - 1]))
+        return torch.stack(terms).mean()
+
+    def _warped_term(self, step: Step, target: Latent, visible: Float[Tensor, "b 1 hz wz"]) -> Float[Tensor, ""]:
+        return weighted_mean(latent_error(step.warped, target, self.vae.latent_gain), visible)
 
     def unroll(self, observed: list[Latent], last_flow_bwd: Float[Tensor, "b 2 h w"], horizon: int) -> list[Step]:
         """``horizon`` steps from the observed latents and the last observed flow, in pixels."""
@@ -169,9 +202,15 @@ class LatentWarp(Predictor):
         observed = list(encode_windows(self.vae, context.frames).unbind(1))
         steps = self.unroll(observed, context.flow_bwd[:, -1], horizon)
         size = (self.height, self.width)
-        masks = [torch.sigmoid(F.interpolate(s.visible_logits, size, mode="bilinear")) for s in steps]
+        logits = [s.visible_logits for s in steps if s.visible_logits is not None]
+        masks = [torch.sigmoid(F.interpolate(one, size, mode="bilinear")) for one in logits]
         return Rollout(
             frames=torch.stack([self.vae.to_frames(s.latent) for s in steps], 1),
             flow_bwd=torch.stack([resize_flow(s.flow_bwd, *size) for s in steps], 1),
-            visible=torch.stack(masks, 1),
+            visible=torch.stack(masks, 1) if masks else None,
         )
+
+
+def _flow_term(step: Step, teacher_bwd: Float[Tensor, "b 2 h w"]) -> Float[Tensor, ""]:
+    grid = step.latent.shape[-2:]
+    return flow_error(resize_flow(step.flow_bwd, *grid), resize_flow(teacher_bwd, *grid))

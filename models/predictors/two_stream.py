@@ -42,9 +42,8 @@ from models.augmentation import augment
 from models.autoencoder import Vaes, encode_windows
 from models.blocks import Trunk, coordinates, zero_conv
 from models.heads import ResidualHead
-from models.losses import flow_error, latent_error, weighted_mean
+from models.losses import copying_error, flow_error, latent_error, weighted_mean
 from models.predictor import Predictor, Rollout
-from models.predictors.latent_warp import COPYING_FLOOR
 from models.warp import advect_flow, backward_warp, resize_flow
 
 Appearance = Float[Tensor, "b z hz wz"]
@@ -187,7 +186,7 @@ class TwoStream(Predictor):
             terms["flow"] = []
         moving = self._moving(teacher)
         for k, step in enumerate(steps, start=x):
-            copying = latent_error(appearances[:, x - 1], appearances[:, k], gain).mean() + COPYING_FLOOR
+            copying = copying_error(appearances[:, x - 1], appearances[:, k], gain)
             terms["latent"].append(latent_error(step.appearance, appearances[:, k], gain).mean() / copying)
             terms["motion"].append(self._motion_error(step.motion, motions[:, k - 1], moving[:, k - 1]))
             terms["residual"].append(step.residual.abs().mean())
