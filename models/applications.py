@@ -6,7 +6,6 @@ A requested motion is a backward flow per step, ``flow_bwd[k]`` on the grid of r
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -19,22 +18,15 @@ from models.flow_teachers import build_teacher
 from models.warp import backward_warp, fastest_nearby
 
 MOVING_PX = 0.5
-_FARTHEST_PX = 24
-"""A vector longer than this drags no ground behind it: looking for the longest nearby is quadratic in its length."""
+_MARGIN_PX = 3
+"""How far beyond the moving pixels their motion is extended: flows of teachers end a little inside of objects."""
 
 
 def move_region(region: Bool[Tensor, "h w"], dx: float, dy: float, steps: int) -> Float[Tensor, "{steps} 2 h w"]:
     """``region`` moves by (dx, dy) pixels (right, down) in every step; everything else stands still."""
-    shift = torch.tensor([dx, dy])[:, None, None]
-    flows = []
-    for step in range(1, steps + 1):
-        there = backward_warp(region[None, None].float(), (-step * shift).expand(1, 2, *region.shape))[0] > 0.5
-        # Beyond the border a warp repeats it; what has left the picture is gone.
-        ys, xs = torch.meshgrid(*(torch.arange(n) for n in region.shape), indexing="ij")
-        x, y = xs - step * dx, ys - step * dy
-        inside = (x >= 0) & (x < region.shape[1]) & (y >= 0) & (y < region.shape[0])
-        flows.append(torch.where(there & inside, -shift, 0.0))
-    return torch.stack(flows)
+    shift = torch.tensor([dx, dy])
+    there = [_shifted(region, k * shift) for k in range(1, steps + 1)]
+    return torch.stack([torch.where(mask, -shift[:, None, None], 0.0) for mask in there])
 
 
 def disc(height: int, width: int, x: float, y: float, radius: float) -> Bool[Tensor, "{height} {width}"]:
@@ -44,21 +36,58 @@ def disc(height: int, width: int, x: float, y: float, radius: float) -> Bool[Ten
 
 
 def drag_ground(flow_bwd: Float[Tensor, "b 2 h w"]) -> Float[Tensor, "b 2 h w"]:
-    """The same motion with the ground behind every object pulled along, as `models.warp.advect_flow` does it.
+    """The same motion with the ground around and behind every object pulled along.
 
-    Where an object has left, a field at rest would leave a copy of it standing. A cell at rest from which something
-    came (the longest vector nearby points from where it is now to this cell) takes that vector: it then looks up the
-    ground further behind. What stands still and was not left is not touched.
+    Where an object has left, a field at rest would leave a copy of it standing, and where a flow ends inside an object
+    it would leave its edge. So the motion is widened by a few pixels, and places at rest from which something came
+    look up the ground further behind it, by the vector of what left them, as `models.warp.advect_flow` does.
     """
-    length = flow_bwd.norm(dim=1, keepdim=True)
-    reach = min(math.ceil(float(length.max())), _FARTHEST_PX)
-    if reach == 0:
-        return flow_bwd
-    candidate = fastest_nearby(flow_bwd, reach)
-    came_from_here = backward_warp(flow_bwd, -candidate)
-    size = candidate.norm(dim=1, keepdim=True)
-    left = (came_from_here - candidate).norm(dim=1, keepdim=True) < 0.5 * size
-    return torch.where(left & (length <= MOVING_PX) & (size > MOVING_PX), candidate, flow_bwd)
+    wide = torch.where(_moves(flow_bwd), flow_bwd, fastest_nearby(flow_bwd, _MARGIN_PX))
+    moving = _moves(wide)
+    h, w = flow_bwd.shape[-2:]
+    left = torch.zeros_like(wide)
+    b, ys, xs = moving[:, 0].nonzero(as_tuple=True)
+    vectors = wide[b, :, ys, xs]
+    came_x, came_y = (xs + vectors[:, 0]).round().long(), (ys + vectors[:, 1]).round().long()
+    inside = (came_x >= 0) & (came_x < w) & (came_y >= 0) & (came_y < h)
+    left[b[inside], :, came_y[inside], came_x[inside]] = vectors[inside]
+    # Rounding leaves holes where a motion spreads.
+    left = torch.where(_moves(left), left, fastest_nearby(left, 1))
+    return torch.where(moving, wide, left)
+
+
+def whole_objects(flow_bwd: Float[Tensor, "y 2 h w"], objects: Bool[Tensor, "n h w"]) -> Float[Tensor, "y 2 h w"]:
+    """The motion given to whole objects: each that it meets moves, unchanged in shape, by the mean of what moves on it.
+
+    ``objects`` are masks in the first frame. An object is met in a step if at least half of its pixels are asked to
+    move where it then stands; else it rests in that step.
+    """
+    fields = torch.zeros_like(flow_bwd)
+    for mask in objects:
+        place = torch.zeros(2)
+        there = mask
+        for k, flow in enumerate(flow_bwd):
+            hit = there & _moves(flow[None])[0, 0]
+            if not there.any() or 2 * hit.sum() < there.sum():
+                continue
+            step = flow[:, hit].mean(1)
+            place = place - step
+            there = _shifted(mask, place)
+            fields[k] = torch.where(there, step[:, None, None], fields[k])
+    return fields
+
+
+def _moves(flow_bwd: Float[Tensor, "b 2 h w"]) -> Bool[Tensor, "b 1 h w"]:
+    return flow_bwd.norm(dim=1, keepdim=True) > MOVING_PX
+
+
+def _shifted(region: Bool[Tensor, "h w"], by: Float[Tensor, "2"]) -> Bool[Tensor, "h w"]:
+    """The region moved by (dx, dy); what leaves the picture is gone."""
+    h, w = region.shape
+    ys, xs = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    x, y = (xs - by[0]).round().long(), (ys - by[1]).round().long()
+    inside = (x >= 0) & (x < w) & (y >= 0) & (y < h)
+    return region[y.clamp(0, h - 1), x.clamp(0, w - 1)] & inside
 
 
 @dataclass(frozen=True)
@@ -104,7 +133,7 @@ def measure(
 
     Raises EmptyError if nothing was asked to move.
     """
-    moving = flow_bwd.norm(dim=1, keepdim=True) > MOVING_PX
+    moving = _moves(flow_bwd)
     if not moving.any():
         raise EmptyError(
             f"the requested motion moves no pixel by more than {MOVING_PX} px",

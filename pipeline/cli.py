@@ -44,6 +44,10 @@ MEASURED = (
 PROGRAMS = {
     "verify": "compare every stored byte with its digest; --repair rebuilds what is damaged",
     "teachers": "accuracy and speed of every flow teacher at hand against truth",
+    "animate": "a still image set in motion, by a video's or a drawn motion",
+    "transfer": "the motion of one video given to the first frame of another",
+    "restyle": "another appearance under the same motion",
+    "probe": "how much of motion appearance latents give away, and the other way round",
 }
 """Commands that know data and models, which this layer does not: programs of `stages` of the same name."""
 
