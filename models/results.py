@@ -28,7 +28,7 @@ from data.files import replace_file
 from data.picture import error_picture, panel, write_png, write_video
 from models.evaluation import Evaluation
 from models.examples import Example
-from models.metrics import METRICS, Score, score
+from models.metrics import METRICS, Estimate, Score, paired_difference, score
 from models.statistics import from_json
 
 _WITH_INTERVAL = ("psnr", "ssim", "skill", "fg_psnr", "fg_skill", "epe_moving", "lpips", "box_iou")
@@ -37,16 +37,34 @@ _LEAST_TILE_PX = 192
 
 
 def write_results(
-    folder: Path, evaluation: Evaluation, *, seed: int, fps: float, headline_steps: Sequence[int] = (1, 6, 12)
+    folder: Path,
+    evaluation: Evaluation,
+    *,
+    seed: int,
+    fps: float,
+    headline_steps: Sequence[int] = (1, 6, 12),
+    adapted: Evaluation | None = None,
 ) -> None:
     """Writes the folder above, repeatable byte for byte: the speed, which is not, is left to the caller.
 
     ``seed`` draws the bootstrap, ``fps`` is the rate of the films (that of the frames after striding, or slower).
-    ``headline_steps`` beyond the horizon are left out of ``metrics.json``.
+    ``headline_steps`` beyond the horizon are left out of ``metrics.json``. ``adapted``, the same predictor with
+    test-time training, stands there under that name with the paired difference of skill.
     """
     folder.mkdir(parents=True, exist_ok=True)
     scores = score(evaluation.state, np.random.default_rng(seed))
-    _write(folder / "metrics.json", _json(_headline(evaluation, scores, headline_steps)))
+    headline = _headline(evaluation, scores, headline_steps)
+    if adapted is not None:
+        rng = np.random.default_rng(seed)
+        other = _headline(adapted, score(adapted.state, np.random.default_rng(seed)), headline_steps)
+        gained = paired_difference(adapted.state, evaluation.state, "skill", rng)
+        steps = [_interval(step) for step in gained.steps]
+        headline["adapted"] = {
+            "overall": other["overall"],
+            "step": other["step"],
+            "skill_gained": {"overall": _interval(gained.overall), "steps": steps},
+        }
+    _write(folder / "metrics.json", _json(headline))
     _write(folder / "by_horizon.csv", _by_horizon(evaluation.name, scores))
     _write(folder / "states.json", evaluation.state.to_json())
     for example in evaluation.examples:
@@ -107,10 +125,7 @@ def _scale(example: Example) -> int:
 
 
 def _headline(evaluation: Evaluation, scores: dict[str, Score], steps: Sequence[int]) -> dict[str, Any]:
-    overall = {
-        name: _known({"value": s.overall.value, "low": s.overall.low, "high": s.overall.high})
-        for name, s in scores.items()
-    }
+    overall = {name: _interval(s.overall) for name, s in scores.items()}
     horizon = evaluation.state.horizon
     return {
         "predictor": evaluation.name,
@@ -125,6 +140,10 @@ def _headline(evaluation: Evaluation, scores: dict[str, Score], steps: Sequence[
             if k <= horizon
         },
     }
+
+
+def _interval(estimate: Estimate) -> dict[str, float]:
+    return _known({"value": estimate.value, "low": estimate.low, "high": estimate.high})
 
 
 def _by_horizon(name: str, scores: dict[str, Score]) -> str:

@@ -191,6 +191,8 @@ class PredictorBlock(Trainable):
     """The file of models/predictors/ (several blocks may use one)."""
     pretrained: str | None = None
     """A checkpoint folder of the same model whose weights the training starts from; relative to the checkout."""
+    adaptation: dict[str, Any] | None = None
+    """Test-time training of the flow head before each window (steps, learning_rate): measured too, beside without."""
     horizon: Annotated[int, Field(ge=1)] = 4
     """Predicted frames in the training loss, at most; the clip adds evaluate.context before them."""
 
@@ -239,8 +241,12 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Params:
-        if "frame" not in self.vae:
-            raise ValueError("vae.frame is missing: its reconstruction is the ceiling of every comparison")
+        for name, use in (
+            ("frame", "its reconstruction is the ceiling of every comparison"),
+            ("flow", "stages read it"),
+        ):
+            if name not in self.vae:
+                raise ValueError(f"vae.{name} is missing: {use}")
         for name in ("copy_last", "advect"):
             if name not in self.predictors:
                 raise ValueError(f"predictors.{name} is missing: every comparison starts from it")

@@ -15,13 +15,16 @@ from data.clips import Clip, ClipSource, Context
 from data.manifest import write_json
 from data.resize import resize_field, resize_flow
 from data.store import Store
+from models.adaptation import Adaptable, AdaptationOptions, Adapted
 from models.autoencoder import load_vae
 from models.checkpoint import digest, load_predictor
-from models.evaluation import Window, evaluate
+from models.evaluation import Evaluation, Window, evaluate
 from models.perceptual import Perceptual, load_lpips
-from models.predictor import find
+from models.predictor import Predictor, find
 from models.results import write_results
+from pipeline.errors import ParamsError
 from pipeline.journal import BadItem, Unit
+from pipeline.params import check_options
 from pipeline.progress import Tick
 from pipeline.stage import ARTIFACTS, Job, run_stage
 from stages.folder import build_folder
@@ -39,18 +42,29 @@ def run(job: Job) -> None:
     vaes = {key: load_vae(ARTIFACTS / "vae" / key) for key in sorted(kind.needs_vaes)}
     predictor = load_predictor(ARTIFACTS / "train" / job.key, vaes=vaes)
     perceptual = perceptual_of(job)
+    adapted = None
+    if block.adaptation is not None:
+        where = f"predictors.{job.key}.adaptation"
+        options = check_options(AdaptationOptions, block.adaptation, where)
+        if not isinstance(predictor, Adaptable):
+            raise ParamsError(f"{where} is given and {block.model} has no flow head to adapt", remedy="remove it")
+        adapted = Adapted(predictor, options)
 
     def make(unit: Unit, folder: Path, tick: Tick) -> list[BadItem]:
-        result = evaluate(
-            predictor,
-            windows.told(tick),
-            name=job.key,
-            seed=evaluation.seed,
-            device=job.device,
-            frame_stride=job.params.decode.stride,
-            perceptual=perceptual,
-        )
-        write_results(folder, result, seed=evaluation.seed, fps=windows.fps)
+        def measured(model: Predictor, tick: Tick) -> Evaluation:
+            return evaluate(
+                model,
+                windows.told(tick),
+                name=job.key,
+                seed=evaluation.seed,
+                device=job.device,
+                frame_stride=job.params.decode.stride,
+                perceptual=perceptual,
+            )
+
+        result = measured(predictor, tick)
+        again = measured(adapted, lambda _, note="": tick(0, f"adapted, {note}")) if adapted is not None else None
+        write_results(folder, result, seed=evaluation.seed, fps=windows.fps, adapted=again)
         speed = result.speed.frames_per_second if result.speed is not None else None
         write_json(folder / TIMINGS, {"frames_per_second": speed})
         return []
@@ -59,7 +73,7 @@ def run(job: Job) -> None:
     decode = job.params.decode
     fingerprint = job.fingerprint(
         # The name of a file does not matter: what it holds is among the weights.
-        [evaluation.model_copy(update={"lpips": None}), decode.resolution, decode.stride],
+        [evaluation.model_copy(update={"lpips": None}), decode.resolution, decode.stride, block.adaptation],
         weights="".join(digest(network) for network in networks),
         modules=[f"models/predictors/{block.model}.py"],
     )

@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from models.predictors.two_stream import TwoStream
-from models.vae_training import psnr
+from models.reconstruction import psnr
 from stages.application import OUT, Take, follow, motion_pictures, perform, picture, pictures, run, shot
 
 Style = Callable[[Float[Tensor, "t 3 h w"]], Float[Tensor, "t 3 h w"]]
