@@ -84,7 +84,7 @@ def flow_error(
     Cells where the teacher's flow is longer than ``moving`` cells weigh 1, the rest ``background``: nine tenths of
     every picture stand still, and an unweighted mean is best served by predicting no motion at all.
     """
-    length = teacher.float().norm(dim=1, keepdim=True)
+    length = torch.hypot(*teacher.float().split(1, dim=1))
     weight = torch.where(length > moving, 1.0, background)
     squared = (flow_bwd.float() - teacher.float()).square().sum(1, keepdim=True)
     return weighted_mean((squared + 1e-4).sqrt() - 1e-2, weight)

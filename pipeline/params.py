@@ -243,7 +243,7 @@ class Params(Section):
     def _check(self) -> Params:
         for name, use in (
             ("frame", "its reconstruction is the ceiling of every comparison"),
-            ("flow", "stages read it"),
+            ("flow", "stages read it: two_stream works on it"),
         ):
             if name not in self.vae:
                 raise ValueError(f"vae.{name} is missing: {use}")

@@ -27,7 +27,7 @@ from models.blocks import Matching, Trunk, coordinates
 from models.heads import FlowHead, OcclusionHead, ResidualHead
 from models.losses import copying_error, flow_error, latent_error, visibility_error, weighted_mean
 from models.predictor import Predictor, Rollout
-from models.warp import advect_flow, backward_warp, resize_flow
+from models.warp import advect_flow, backward_warp, resize_flow, speed
 
 Latent = Float[Tensor, "b z hz wz"]
 
@@ -120,7 +120,7 @@ class LatentWarp(Predictor):
         seen = [arriving, *past[:-1][::-1], before]
         if self.matching is not None:
             seen.append(self.matching(present, past[-2], self.vae.latent_gain))
-        moving = on_grid.norm(dim=1, keepdim=True)
+        moving = speed(on_grid)
         features = self.trunk(torch.cat([*seen, on_grid, moving, coordinates(present)], dim=1))
         corrected = self.flow_head(features, prior)
         after = resize_flow(corrected, *grid)
