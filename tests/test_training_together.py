@@ -1,4 +1,4 @@
-"""Several processes with their shares of every batch train what one process with the whole batch trains."""
+"""Several processes with their shares of every batch train what one does with the whole; facts of their machine."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from models.training_state import TrainingState, load_state
+from pipeline.devices import save_seconds
 from pipeline.errors import PipelineError
 from pipeline.ranks import own_devices
 from tests.ddp_training import STEPS
@@ -55,3 +56,14 @@ def test_every_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
     assert own_devices(["cpu"]) == ("cpu",)
     with pytest.raises(PipelineError, match="2 processes here, for 1 devices"):
         own_devices(["cuda:0"])
+
+
+def test_how_often_a_run_is_saved_is_asked_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CLEVRCAST_SAVE_SECONDS", raising=False)
+    assert save_seconds() == 60
+    monkeypatch.setenv("CLEVRCAST_SAVE_SECONDS", "2.5")
+    assert save_seconds() == 2.5
+    for wrong in ("often", "-1", "nan"):
+        monkeypatch.setenv("CLEVRCAST_SAVE_SECONDS", wrong)
+        with pytest.raises(PipelineError, match=f"CLEVRCAST_SAVE_SECONDS={wrong} is no number of seconds"):
+            save_seconds()
