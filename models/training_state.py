@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from data.errors import WeightsError
@@ -135,9 +135,11 @@ def load_state(path: Path) -> TrainingState | None:
         return None
     remedy = f"remove {path}: training then starts from the beginning"
     try:
-        with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {})[_ABOUT])
-            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        # In one piece: safetensors' own reader opens a file twice, and a run may replace it in between.
+        content = path.read_bytes()
+        tensors = load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        about = json.loads(header["__metadata__"][_ABOUT])
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise WeightsError(f"the training state {path} cannot be read: {error}", remedy=remedy) from error
     if (found := state_digest(tensors)) != about["digest"]:

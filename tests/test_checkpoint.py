@@ -11,7 +11,7 @@ import torch
 from data.clips import Context
 from data.errors import WeightsError
 from models.autoencoder import BlockVAE
-from models.checkpoint import digest, load_predictor, read_meta, save_checkpoint
+from models.checkpoint import digest, load_predictor, load_pretrained, read_meta, save_checkpoint
 from models.predictor import Predictor, build
 
 OPTIONS = {"width": 16, "features": 16, "blocks": 2}
@@ -105,3 +105,24 @@ def test_baselines_have_checkpoints_too(tmp_path: Path) -> None:
     baseline = build("copy_last", {}, vaes={}, height=32, width=48, context=4)
     save_checkpoint(tmp_path, baseline, name="copy_last", options={}, steps=0)
     assert type(load_predictor(tmp_path)) is type(baseline)
+
+
+def test_training_starts_from_a_checkpoint_of_the_same_model_and_latents(tmp_path: Path) -> None:
+    vaes = {"frame": vae_with(0)}
+    trained = saved(tmp_path, vaes["frame"])
+    torch.manual_seed(7)
+    # Another option, and another size, of the same shapes.
+    fresh = build("latent_warp", {**OPTIONS, "flow": 0.5}, vaes=vaes, height=64, width=96, context=4)
+    assert digest(fresh) != digest(trained)
+    meta = load_pretrained(tmp_path, fresh, name="latent_warp", vaes=vaes)
+    assert digest(fresh) == digest(trained) == meta.weights_digest
+    wider = build("latent_warp", {**OPTIONS, "width": 24}, vaes=vaes, height=32, width=48, context=4)
+    with pytest.raises(WeightsError, match=r"do not fit LatentWarp: trunk") as caught:
+        load_pretrained(tmp_path, wider, name="latent_warp", vaes=vaes)
+    assert "meta.json" in caught.value.remedy
+    with pytest.raises(WeightsError, match="holds 'latent_warp', this predictor is 'copy_last'"):
+        load_pretrained(tmp_path, fresh, name="copy_last", vaes=vaes)
+    with pytest.raises(WeightsError) as caught:
+        load_pretrained(tmp_path, fresh, name="latent_warp", vaes={"frame": vae_with(5)})
+    assert digest(vae_with(0)) in str(caught.value)
+    assert digest(vae_with(5)) in str(caught.value)

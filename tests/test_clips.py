@@ -105,3 +105,13 @@ def test_frames_of_another_resolution_are_refused(stores: dict[str, Store]) -> N
     source = ClipSource({"frames": stores["frames"]}, height=16, width=24, videos=[1])
     with pytest.raises(StoreError, match=r"\[8, 12\], the model works at \[16, 24\]"):
         source.clip([(1, 0)], 3)
+
+
+def test_processes_share_every_batch_in_its_order(stores: dict[str, Store]) -> None:
+    source = ClipSource({"frames": stores["frames"]}, height=H, width=W, videos=[1, 2, 5])
+    whole = next(source.batches(5, 6, seed=3, first=2))
+    shares = [next(source.batches(5, 6, seed=3, first=2, part=(i, 3))) for i in range(3)]
+    for name in ("video", "start", "frames"):
+        assert torch.equal(torch.cat([getattr(share, name) for share in shares]), getattr(whole, name))
+    with pytest.raises(ValueError, match="batch of 6 cannot be cut into 4 equal shares"):
+        next(source.batches(5, 6, seed=3, part=(0, 4)))

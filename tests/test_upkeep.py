@@ -191,14 +191,16 @@ def test_adopt_proves_an_edit_on_a_sample_and_refuses_one_that_changes_results(b
 
 def test_clean_removes_old_and_unfinished_work_only(built: Workspace) -> None:
     keep = newest(built)
-    half = keep / ".feed.building"
-    half.mkdir()
-    (half / "x").write_bytes(bytes(2_000_000))
+    half, state = keep / ".feed.building", keep / ".feed.state"
+    for folder in (half, state):
+        folder.mkdir()
+        (folder / "x").write_bytes(bytes(1_000_000))
     would = command(built, "clean", "--dry-run")
     assert "would free 2.0 MB" in would or "would free" in would
     assert half.exists()
     command(built, "clean")
     assert not half.exists()
+    assert not state.exists()
     assert [f.parent for f in (built.folder / ".work/flow").glob("*/plan.json")] == [keep]
     assert built.repro("-s", "flow") == []
     before = built.digests("flow")

@@ -1,0 +1,144 @@
+"""The training stage as a program: killed and resumed, by several processes, and from given weights."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from data.errors import WeightsError
+from models.training_state import TrainingState, load_state
+from tests.workspace import Workspace, local_workspace, write_source
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+STEPS = 150
+BLOCK: dict[str, Any] = {
+    "model": "drift",
+    "horizon": 2,
+    "batch": 4,
+    "training": {"steps": STEPS, "warmup": 3, "precision": "float32"},
+}
+
+
+@pytest.fixture(scope="module")
+def workspace(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """Decoded videos, which is all that the small predictor here needs, and that predictor."""
+    folder = tmp_path_factory.mktemp("training")
+    (folder / "checkout").mkdir()
+    source = write_source(folder / "source", [0, 1, 15000])
+    made = local_workspace(root, folder / "checkout", source, {"train": "0-1", "test": "15000"}, 1)
+    made.environment["OMP_NUM_THREADS"] = "1"
+    (made.folder / "models/predictors/drift.py").write_text((root / "tests/drift_predictor.py").read_text())
+    for stage in ("acquire", "decode"):
+        made.module(f"stages.{stage}")
+    return made
+
+
+def trained(workspace: Workspace, key: str, block: dict[str, Any], *launcher: str) -> Path:
+    workspace.set(f"predictors.{key}", block)
+    workspace.module(*([*launcher, "-m"] if launcher else []), "stages.train", key)
+    return workspace.folder / f"artifacts/train/{key}"
+
+
+@pytest.fixture(scope="module")
+def whole(workspace: Workspace) -> Path:
+    """An uninterrupted run."""
+    return trained(workspace, "whole", BLOCK)
+
+
+def saved(workspace: Workspace, key: str) -> TrainingState | None:
+    states = list((workspace.folder / f".work/train@{key}").glob("*/.*.state/state.safetensors"))
+    return load_state(states[0]) if states else None
+
+
+@pytest.mark.parametrize("number", range(2))
+def test_kill_9_costs_the_steps_since_the_last_save_and_no_bit(workspace: Workspace, whole: Path, number: int) -> None:
+    key, rng = f"killed_{number}", random.Random(time.time_ns())
+    workspace.set(f"predictors.{key}", BLOCK)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "stages.train", key],
+        cwd=workspace.folder,
+        env={**workspace.environment, "CLEVRCAST_SAVE_SECONDS": "0"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    moment = rng.randint(1, STEPS // 2)
+    deadline = time.monotonic() + 300
+    try:
+        while (state := saved(workspace, key)) is None or state.step < moment:
+            assert process.poll() is None, f"it ended before step {moment}"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.wait()
+    kept = saved(workspace, key)
+    assert kept is not None
+    assert moment <= kept.step < STEPS
+    assert not (workspace.folder / f"artifacts/train/{key}").exists()
+    said = workspace.module("stages.train", key)
+    assert f"goes on after step {kept.step}" in said
+    assert workspace.last_run(f"train@{key}")["resumed_at"] == kept.step
+    for name in ("model.safetensors", "curves.json", "meta.json"):
+        assert (workspace.folder / f"artifacts/train/{key}/{name}").read_bytes() == (whole / name).read_bytes(), name
+    assert saved(workspace, key) is None
+
+
+def test_curves_are_complete_and_watched_live(workspace: Workspace, whole: Path) -> None:
+    curves = json.loads((whole / "curves.json").read_text())
+    assert {len(curve) for curve in curves.values()} == {STEPS}
+    assert curves["loss"][-1] < curves["loss"][0]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (folder,) = (workspace.folder / ".work/train@whole").glob("*/*.curves")
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload().Scalars("loss")
+    assert [event.step for event in events] == list(range(1, STEPS + 1))
+    torch.testing.assert_close(torch.tensor([event.value for event in events]), torch.tensor(curves["loss"]))
+
+
+def test_two_processes_publish_one_result(workspace: Workspace) -> None:
+    block = {**BLOCK, "options": {"noise": 0.0}, "training": {**BLOCK["training"], "steps": 6}}
+    alone = trained(workspace, "alone", block)
+    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    together = trained(workspace, "together", block, *launcher)
+    assert workspace.last_run("train@together")["built"] == 1
+    a, b = load_file(alone / "model.safetensors"), load_file(together / "model.safetensors")
+    for name in set(a) - {"seen"}:
+        torch.testing.assert_close(b[name], a[name], rtol=1e-3, atol=1e-4)
+    assert b["seen"] == a["seen"] / 2
+    # What a torchrun has built is found ready by the run that DVC starts.
+    workspace.module("stages.train", "together")
+    assert workspace.last_run("train@together")["built"] == 0
+    workspace.set("predictors.together.batch", 3)
+    said = workspace.module(*launcher, "-m", "stages.train", "together", ok=False)
+    assert "batch 3 cannot be shared equally by 2 processes" in said
+    assert "does not train a predictor" in workspace.module(*launcher, "-m", "stages.decode", ok=False)
+
+
+def test_training_starts_from_given_weights(workspace: Workspace, whole: Path) -> None:
+    block = {**BLOCK, "pretrained": "artifacts/train/whole", "training": {"steps": 0}}
+    same = trained(workspace, "same", block)
+    assert (same / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert json.loads((same / "curves.json").read_text()) == {}
+    tuned = trained(workspace, "tuned", {**block, "training": {**BLOCK["training"], "steps": 2}})
+    before, after = (json.loads((f / "curves.json").read_text())["loss"] for f in (whole, tuned))
+    assert after[0] < before[0]
+    # Other weights in the same folder are another fingerprint.
+    trained(workspace, "moving", {**BLOCK, "training": {"steps": 1}})
+    block["pretrained"] = "artifacts/train/moving"
+    trained(workspace, "same", block)
+    trained(workspace, "moving", {**BLOCK, "training": {"steps": 2}})
+    trained(workspace, "same", block)
+    assert workspace.last_run("train@same")["built"] == 1
+    block["pretrained"] = "artifacts/train/nowhere"
+    workspace.set("predictors.same", block)
+    said = workspace.module("stages.train", "same", ok=False)
+    assert f"{WeightsError.__name__}: artifacts/train/nowhere holds no finished checkpoint" in said
