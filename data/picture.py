@@ -5,6 +5,7 @@ Images are uint8 RGB arrays (h, w, 3). The same input gives the same bytes, so r
 
 from __future__ import annotations
 
+import platform
 import tempfile
 from collections.abc import Sequence
 from fractions import Fraction
@@ -25,6 +26,11 @@ OCCLUDED = (255, 0, 160)
 ERROR_FULL_SCALE = 0.25
 _PAPER, _INK = (250, 250, 250), (30, 30, 30)
 _BT709, _LIMITED_RANGE = 1, 1
+# Threads change the bytes; B-frames would make a browser's seeking start from an edit list. x264's AVX-512 code writes
+# another stream nearly every time on a busy machine; its AVX2 code does not (docs/log.md).
+_REPEATABLE = {"preset": "medium", "threads": "1", "bf": "0"}
+if platform.machine() in ("x86_64", "AMD64"):
+    _REPEATABLE["x264-params"] = "asm=avx2"
 
 
 def to_uint8(frames: Float[np.ndarray, "*t c h w"]) -> UInt8[np.ndarray, "*t h w c"]:
@@ -155,29 +161,16 @@ def encode_video(frames: Film, fps: int | float, crf: int = 18) -> bytes:
 
     ``crf`` from 0 (exact but for colour sampling) to 51. Raises `ValueError` for no frames or odd sides: yuv420p
     halves both, and cropping silently would move pixels.
-
-    x264 in one thread writes another, equally good stream about once in a thousand calls on a busy machine (measured,
-    docs/log.md): so the first stream that comes twice is taken, nearly always the first two.
     """
     t, h, w, _ = frames.shape
     if t == 0 or h % 2 or w % 2 or min(h, w) == 0:
         raise ValueError(f"H.264 needs at least one frame and even sides, got {t} frames of {h}x{w} (height x width)")
-    seen: set[bytes] = set()
-    while (film := _encode(frames, Fraction(fps).limit_denominator(1001), crf)) not in seen:
-        seen.add(film)
-    return film
-
-
-def _encode(frames: Film, rate: Fraction, crf: int) -> bytes:
-    _, h, w, _ = frames.shape
+    rate = Fraction(fps).limit_denominator(1001)
     # The index moves to the front in a second pass that reopens the file by name, so memory alone will not do.
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "film.mp4"
         with av.open(str(path), "w", options={"movflags": "+faststart", "fflags": "+bitexact"}) as container:
-            # Threads change the bytes; B-frames would make a browser's seeking start from an edit list.
-            stream = container.add_stream(
-                "libx264", rate=rate, options={"crf": str(crf), "preset": "medium", "threads": "1", "bf": "0"}
-            )
+            stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf), **_REPEATABLE})
             stream.width, stream.height, stream.pix_fmt = w, h, "yuv420p"
             codec = stream.codec_context
             codec.colorspace, codec.color_primaries, codec.color_trc = _BT709, _BT709, _BT709

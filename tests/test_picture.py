@@ -156,12 +156,6 @@ def test_film_bytes_repeat_and_start_with_the_index() -> None:
     assert 0 < first.index(b"moov") < first.index(b"mdat")
 
 
-def test_a_stray_stream_of_the_encoder_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    streams = iter([b"stray", b"usual", b"usual", b"never asked for"])
-    monkeypatch.setattr(picture, "_encode", lambda *_: next(streams))
-    assert picture.encode_video(moving_square(), fps=25) == b"usual"
-
-
 @pytest.mark.parametrize("shape", [(0, 8, 8, 3), (2, 7, 8, 3), (2, 8, 9, 3)])
 def test_film_refuses_odd_sides_and_nothing(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=f"even sides, got {shape[0]} frames of {shape[1]}x{shape[2]}"):
