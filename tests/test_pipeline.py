@@ -24,7 +24,7 @@ def built(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """The tiny pipeline, run once from nothing."""
     workspace = Workspace(root, tmp_path_factory.mktemp("built"))
     ran = workspace.repro()
-    stages = ["acquire", "decode", "label", "flow", "occlusion", "vae@frame", "encode@frame"]
+    stages = ["acquire", "decode", "label", "flow", "occlusion", "vae@frame", "vae@flow", "encode@frame", "encode@flow"]
     predictors = ("copy_last", "advect", "latent_warp")
     assert sorted(ran) == sorted(
         [*stages, *(f"train@{p}" for p in predictors), *(f"evaluate@{p}" for p in predictors), "report"]
@@ -97,6 +97,65 @@ def test_a_new_video_costs_its_own_shard(again: Workspace) -> None:
     for stage in ("acquire", "decode", "label", "flow", "occlusion"):
         again.repro("-s", stage)
         assert again.last_run(stage)["built"] == 1, stage
+
+
+SIXTH = '''"""A sixth predictor: fades to the mean colour of the last frame, as fast as it learns to."""
+
+from __future__ import annotations
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from models.predictor import Predictor, Rollout
+
+
+class Options(BaseModel):
+    """There is nothing to choose."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Fade(Predictor):
+    """See the module."""
+
+    needs = frozenset({"frames"})
+
+    def __init__(self, options, *, vaes, height, width, context):
+        super().__init__(height=height, width=width, context=context)
+        self.rate = torch.nn.Parameter(torch.tensor(-2.0))
+
+    def faded(self, last, k):
+        kept = (1 - torch.sigmoid(self.rate)) ** k
+        return kept * last + (1 - kept) * last.mean((-2, -1), keepdim=True)
+
+    def forward(self, batch):
+        frames, x = batch.require("frames"), self.context
+        loss = sum((self.faded(frames[:, x - 1], k) - frames[:, x - 1 + k]).square().mean() for k in (1, 2))
+        return loss, {"faded": loss.detach()}
+
+    def rollout(self, context, horizon, generator):
+        frames = [self.faded(context.frames[:, -1], k + 1) for k in range(horizon)]
+        return Rollout(frames=torch.stack(frames, 1).clamp(0, 1))
+'''
+
+
+def test_a_sixth_predictor_is_one_file_and_one_block(again: Workspace) -> None:
+    (again.folder / "models/predictors/sixth.py").write_text(SIXTH)
+    block = {"model": "sixth", "horizon": 2, "batch": 2, "training": {"steps": 3, "warmup": 1}}
+    again.set("predictors.sixth", block)
+    try:
+        assert again.repro() == ["train@sixth", "evaluate@sixth", "report"]
+        assert "sixth" in json.loads((again.folder / "artifacts/report/metrics.json").read_text())
+        assert "sixth" in (again.folder / "artifacts/report/index.html").read_text()
+        for name in ("tests", "pyproject.toml"):
+            copy = shutil.copytree if (again.root / name).is_dir() else shutil.copy
+            copy(again.root / name, again.folder / name)
+        said = again.module("pytest", "-q", "-k", "sixth and not learns", "tests/test_predictors.py")
+        assert "passed" in said
+    finally:
+        for name in ("models/predictors/sixth.py", "pyproject.toml"):
+            (again.folder / name).unlink(missing_ok=True)
+        shutil.rmtree(again.folder / "tests", ignore_errors=True)
 
 
 def test_kill_9_in_the_middle_of_flow_leaves_identical_stores(again: Workspace) -> None:
