@@ -320,6 +320,20 @@ def test_metrics_are_numbers_that_dvc_can_compare(evaluation: Evaluation, tmp_pa
     assert "seconds" not in json.dumps(found)
 
 
+def test_test_time_training_stands_beside_the_figures_without(evaluation: Evaluation, tmp_path: Path) -> None:
+    copy = evaluate(Copy(), windows(), name="noisy", seed=0)
+    write_results(tmp_path / "a", evaluation, seed=1, fps=12.5, adapted=copy)
+    write_results(tmp_path / "b", evaluation, seed=1, fps=12.5)
+    found, plain = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in "ab")
+    adapted = found.pop("adapted")
+    assert found == plain
+    assert adapted["overall"]["skill"]["value"] == 0
+    gained = adapted["skill_gained"]
+    assert gained["overall"]["value"] == pytest.approx(-plain["overall"]["skill"]["value"], abs=1e-5)
+    assert 0 < gained["overall"]["low"] < gained["overall"]["high"]
+    assert len(gained["steps"]) == Y
+
+
 def test_csv_has_one_row_per_step_and_constant_columns(evaluation: Evaluation, tmp_path: Path) -> None:
     write_results(tmp_path / "noisy", evaluation, seed=1, fps=12.5)
     write_results(tmp_path / "copy", evaluate(Copy(), windows(), name="copy", seed=0), seed=1, fps=12.5)

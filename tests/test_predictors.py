@@ -293,6 +293,25 @@ def test_latent_warp_never_trains_or_saves_the_vae(vaes: Vaes) -> None:
     assert not predictor.get_submodule("vae").training
 
 
+@pytest.mark.parametrize(("masked", "mended"), [(False, True), (True, False), (False, False)])
+def test_latent_warp_without_its_heads_has_none_of_their_terms(masked: bool, mended: bool, vaes: Vaes) -> None:
+    predictor: Any = shaken(made("latent_warp", vaes, masked=masked, mended=mended)).train()
+    loss, logs = predictor(with_latents(scene(), vaes))
+    loss.backward()
+    assert ("mask" in logs, "residual" in logs) == (masked, mended)
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in predictor.own_parameters().values())
+    clip = scene()
+    out = predictor.eval().rollout(observed(clip), HORIZON, torch.Generator())
+    assert (out.visible is not None) is masked
+    steps = predictor.unroll(
+        list(with_latents(clip, vaes).require("latents")[:, :CONTEXT].unbind(1)),
+        clip.require("flow_bwd")[:, CONTEXT - 2],
+        1,
+    )
+    if not masked and not mended:
+        assert torch.equal(steps[0].latent, steps[0].warped)
+
+
 def test_latent_warp_names_the_sides_that_do_not_fit(vaes: Vaes) -> None:
     with pytest.raises(ValueError, match="width 40 must be divisible by the VAE's stride 4 times coarsen=4"):
         build("latent_warp", {}, vaes=vaes, height=32, width=40, context=CONTEXT)

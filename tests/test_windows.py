@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from data.store import ArraySpec, ShardPlace, assemble, write_shard
 from models.checkpoint import save_checkpoint
 from models.perceptual import Perceptual
 from models.predictor import build
+from pipeline.errors import ParamsError
 from pipeline.params import parse_params, read_yaml
 from pipeline.stage import Job
 from stages import evaluate, label
@@ -93,6 +95,14 @@ def test_a_video_without_labels_has_no_truth(root: Path, workspace: Path) -> Non
     assert {k for k, v in vars(window).items() if v is None} == {
         "foreground", "true_flow_bwd", "true_visible", "true_boxes", "true_presence", "true_collision",
     }  # fmt: skip
+
+
+def test_only_what_has_a_flow_head_adapts(root: Path, workspace: Path) -> None:
+    stage = job(root)
+    block = stage.params.predictors["copy_last"].model_copy(update={"adaptation": {"steps": 1}})
+    params = stage.params.model_copy(update={"predictors": {**stage.params.predictors, "copy_last": block}})
+    with pytest.raises(ParamsError, match=r"predictors\.copy_last\.adaptation is given and copy_last has no flow head"):
+        evaluate.run(replace(stage, params=params))
 
 
 def test_lpips_is_measured_where_its_weights_are_given(root: Path, workspace: Path) -> None:
