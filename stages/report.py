@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import platform
 from collections.abc import Mapping, Sequence
@@ -71,7 +72,7 @@ def run(job: Job) -> None:
         facts=_facts(job, windows, results[0]),
         skill_steps=_headline_steps(windows.horizon),
         rows=tuple(_row(r, comparison, windows.horizon) for r in everyone),
-        tables=_tables(comparison),
+        tables=(*_tables(comparison), *_adaptation(names)),
         charts=_charts(scores),
         clips=_clips(results, windows.fps, job.params.report.examples),
         teachers=(teacher,) if teacher is not None else (),
@@ -169,6 +170,25 @@ def _tables(comparison: Comparison) -> tuple[StepTable, ...]:
         remarks=tuple(verdict(name, comparison.baseline, d) for name, d in comparison.advantage.items()),
     )
     return skill, advantage
+
+
+def _adaptation(names: Sequence[str]) -> tuple[StepTable, ...]:
+    """What test-time training gained, for the predictors that were measured with it too."""
+    rows = []
+    for name in names:
+        adapted = json.loads((ARTIFACTS / "evaluate" / name / "metrics.json").read_text()).get("adapted")
+        if adapted is not None:
+            steps = [
+                Interval(s["value"], s.get("low", math.nan), s.get("high", math.nan))
+                for s in adapted["skill_gained"]["steps"]
+            ]
+            rows.append((name, tuple(steps)))
+    note = (
+        "Skill with the flow head trained on the observed frames of each window before it is predicted, minus skill "
+        "without, on the same videos, with 95 % intervals. Bold: the interval is above zero; italic and underlined: "
+        "below."
+    )
+    return (StepTable("Test-time training", note, tuple(rows), signed=True),) if rows else ()
 
 
 def _charts(scores: dict[str, dict[str, Score]]) -> tuple[Chart, ...]:
