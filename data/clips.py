@@ -109,6 +109,11 @@ class ClipSource:
         self._cache: dict[tuple[str, int], Tensor] = {}
         self._cached = 0
 
+    def digests(self) -> tuple[str, ...]:
+        """Digests of the stored shards that the windows are made of; a video without labels has none of theirs."""
+        stores = self.stores.values()
+        return tuple(sorted({s.shard_digest(v) for s in stores for v in self.videos if v in s.ids}))
+
     def windows(self, length: int, every: int = 1) -> list[tuple[int, int]]:
         """(video, first frame) of every window of ``length`` frames that starts at a multiple of ``every``.
 

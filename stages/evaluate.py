@@ -78,7 +78,7 @@ def run(job: Job) -> None:
         weights="".join(digest(network) for network in networks),
         modules=[f"models/predictors/{block.model}.py"],
     )
-    unit = Unit(windows.source.videos, windows.digests(), job.title)
+    unit = Unit(windows.source.videos, windows.source.digests(), job.title)
     build_folder(job, unit, make, fingerprint=fingerprint, counted="videos", private=(TIMINGS,))
     job.facts |= json.loads((job.built[0].folder / TIMINGS).read_text())
 
@@ -136,11 +136,6 @@ class Windows:
             frames=frames[:, x:],
             **self._truth(clip, video, [start + x for _, start in places]),
         )
-
-    def digests(self) -> tuple[str, ...]:
-        """Digests of everything that the windows are made of."""
-        stores = self.source.stores.values()
-        return tuple(sorted({s.shard_digest(v) for s in stores for v in self.source.videos if v in s.ids}))
 
     def _truth(self, clip: Clip, video: int, starts: list[int]) -> dict[str, Any]:
         if video not in self.labels.ids:

@@ -84,8 +84,8 @@ def run(job: Job) -> None:
         [block, context, (h, w)], weights=weights, modules=[f"models/predictors/{block.model}.py"]
     )
     videos = source.videos if source is not None else ()
-    digests = {store.shard_digest(v) for v in videos for store in (source.stores.values() if source else ())}
-    unit = Unit(videos, tuple(sorted(digests)), job.title, steps=max(training.steps, 1) if source is not None else 1)
+    digests = source.digests() if source is not None else ()
+    unit = Unit(videos, digests, job.title, steps=max(training.steps, 1) if source is not None else 1)
     build_folder(job, unit, make, fingerprint=fingerprint)
 
 

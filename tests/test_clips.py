@@ -52,6 +52,35 @@ def stores(tmp_path: Path) -> dict[str, Store]:
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 1 << 30])
+def test_a_video_without_labels_is_kept_and_says_so(stores: dict[str, Store], tmp_path: Path, cache_bytes: int) -> None:
+    n = 3
+    specs = [
+        ArraySpec("boxes", (T, n, 4), "float32", ("t", "n", "s"), 4, "table"),
+        ArraySpec("presence", (T, n), "uint8", ("t", "n"), 4, "table"),
+        ArraySpec("instances", (T, 2 * H, 4 * W), "uint8", ("t", "y", "x"), 4, "field"),
+    ]
+    boxes = np.zeros((T, n, 4), np.float32)
+    boxes[:, 1] = (4, 2, 8, 6)
+    arrays = {"boxes": boxes, "presence": (boxes[:, :, 2] > 0).astype(np.uint8)}
+    video = arrays | {"instances": np.zeros((T, 2 * H, 4 * W), np.uint8)}
+    write_shard(tmp_path / "l/work", specs, {5: video}, 8)
+    place = ShardPlace(0, tmp_path / "l/work", (5,), "k", {"shard": "d" * 64})
+    assemble(tmp_path / "l/out", specs, [place], 8, manifest={"stage": "test", "quarantine": []})
+    labels = Store(tmp_path / "l/out")
+    held = {"frames": stores["frames"], "boxes": labels, "presence": labels}
+    source = ClipSource(held, height=H, width=W, videos=[1, 5], cache_bytes=cache_bytes)
+    assert source.videos == (1, 5)
+    assert labels.shard_digest(5) in source.digests()
+    clip = source.clip([(5, 3), (1, 0)], 4)
+    assert clip.require("labelled").tolist() == [1, 0]
+    # The labels' grid is twice as high and four times as wide.
+    assert clip.require("boxes")[0, :, 1].tolist() == [[1, 1, 2, 3]] * 4
+    assert clip.require("presence")[0].tolist() == [[0, 1, 0]] * 4
+    assert not clip.require("boxes")[1].any()
+    assert not clip.require("presence")[1].any()
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 1 << 30])
 def test_fields_belong_together(stores: dict[str, Store], cache_bytes: int) -> None:
     source = ClipSource(stores, height=H, width=W, videos=[1, 2, 5], cache_bytes=cache_bytes)
     assert source.videos == (1, 5)  # video 2 has no visibility
