@@ -10,18 +10,38 @@ from dataclasses import replace
 
 import torch
 from jaxtyping import Float
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from data.clips import Clip
 from models.autoencoder import LatentVAE, encode_windows
 
 
-def latent_targets(vae: LatentVAE, batch: Clip, *, flip: bool, recolour: bool) -> Clip:
+class GuiseOptions(BaseModel):
+    """What the options of every predictor on latents share."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    flip: bool = Field(
+        default=True, description="train on every other window mirrored; it then reads frames, not latents"
+    )
+    recolour: bool = Field(
+        default=False, description="train on half of the windows with their colour channels rolled; needs flip"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> GuiseOptions:
+        if self.recolour and not self.flip:
+            raise ValueError("recolour is on and flip is off: it needs the frames that flip reads")
+        return self
+
+
+def latent_targets(vae: LatentVAE, batch: Clip, options: GuiseOptions) -> Clip:
     """The batch with float32 ``latents``: those of the store, or, with ``flip``, of frames of which every other window
     is mirrored (and, with ``recolour``, half have other colours); its other fields are mirrored alike."""
-    if not flip:
+    if not options.flip:
         return replace(batch, latents=batch.require("latents").float())
-    batch = augment(batch, mirror=True, recolour=recolour)
+    batch = augment(batch, mirror=True, recolour=options.recolour)
     return replace(batch, latents=encode_windows(vae, batch.require("frames")))
 
 

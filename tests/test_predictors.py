@@ -15,7 +15,7 @@ import torch
 from pydantic import ValidationError
 
 from data.clips import FIELDS, Clip, Context
-from models.augmentation import latent_targets, roll_colours
+from models.augmentation import GuiseOptions, latent_targets, roll_colours
 from models.autoencoder import BlockVAE, Vaes, encode_windows
 from models.losses import latent_error
 from models.predictor import Predictor, available, build, find
@@ -329,10 +329,10 @@ def test_recoloured_windows_keep_their_motion_and_their_grey() -> None:
 def test_targets_are_the_stores_latents_or_those_of_mirrored_frames(vaes: Vaes) -> None:
     clip = with_latents(scene(), vaes)
     stored = latent_targets(
-        vaes["frame"], replace(clip, latents=clip.require("latents").half()), flip=False, recolour=False
+        vaes["frame"], replace(clip, latents=clip.require("latents").half()), GuiseOptions(flip=False)
     )
     assert torch.equal(stored.require("latents"), clip.require("latents").half().float())
-    made_anew = latent_targets(vaes["frame"], clip, flip=True, recolour=False)
+    made_anew = latent_targets(vaes["frame"], clip, GuiseOptions())
     mirrored = encode_windows(vaes["frame"], clip.require("frames")[1:].flip(-1))
     torch.testing.assert_close(made_anew.require("latents")[0], clip.require("latents")[0])
     torch.testing.assert_close(made_anew.require("latents")[1:], mirrored)

@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.unets.unet_2d import UNet2DModel
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from data.clips import Clip, Context
-from models.augmentation import augment
+from models.augmentation import GuiseOptions, latent_targets
 from models.autoencoder import Vaes, encode_windows
 from models.blocks import Matching, ResidualBlock, coordinates, zero_conv
 from models.denoising import Diffusion, FlowMatching
@@ -35,10 +35,8 @@ Latent = Float[Tensor, "b z hz wz"]
 Past = Float[Tensor, "b p z hz wz"]
 
 
-class Options(BaseModel):
+class Options(GuiseOptions):
     """Architecture, noise, sampling and loss weights."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     objective: Literal["flow_matching", "diffusion"] = Field(
         default="flow_matching", description="straight lines from noise to data, or the cosine schedule with DDIM"
@@ -61,12 +59,6 @@ class Options(BaseModel):
     past: int = Field(default=4, ge=2, description="latents that the network sees, the present one included")
     matching: int = Field(
         default=4, ge=0, description="radius of matches of the last two latents, in double cells; 0: none are shown"
-    )
-    flip: bool = Field(
-        default=True, description="train on every other window mirrored; it then reads frames, not latents"
-    )
-    recolour: bool = Field(
-        default=False, description="train on half of the windows with their colour channels rolled; needs flip"
     )
     forced: float = Field(default=1.0, ge=0, description="weight of the error after a true past, relative to copying")
     unrolled: float = Field(default=1.0, ge=0, description="weight of the same after a past of own predictions")
@@ -176,7 +168,7 @@ class LatentDiffusion(Predictor):
 
     def forward(self, batch: Clip) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
         """Errors of the clean change of one step per window after true frames, and of one after own predictions."""
-        latents = self._latents(batch)
+        latents = latent_targets(self.vae, batch, self.options).require("latents")
         (b, t), x = latents.shape[:2], self.context
         generator = self._training_noise(batch, latents.device)
         device = latents.device
@@ -207,12 +199,6 @@ class LatentDiffusion(Predictor):
             loss = loss + getattr(self.options, name) * (weight[part] * errors[part]).mean() / scale
             logs[name] = (errors[part].mean() / scale).detach()
         return loss, logs
-
-    def _latents(self, batch: Clip) -> Float[Tensor, "b t z hz wz"]:
-        if not self.options.flip:
-            return batch.require("latents").float()
-        batch = augment(batch, mirror=True, recolour=self.options.recolour)
-        return encode_windows(self.vae, batch.require("frames"))
 
     def _training_noise(self, batch: Clip, device: torch.device) -> torch.Generator:
         place = (int(batch.video[0]), int(batch.start[0]))  # differs between the processes of distributed training

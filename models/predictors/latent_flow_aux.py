@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from data.clips import Clip, Context
 from data.resize import resize_flow
-from models.augmentation import latent_targets
+from models.augmentation import GuiseOptions, latent_targets
 from models.autoencoder import Vaes, encode_windows
 from models.blocks import ResidualBlock, Trunk, motion_stack, zero_conv
 from models.dynamic_filter import NextLatentHead
@@ -32,10 +32,8 @@ Latent = Float[Tensor, "b z hz wz"]
 Features = Float[Tensor, "b c hz wz"]
 
 
-class Options(BaseModel):
+class Options(GuiseOptions):
     """Architecture and loss weights."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     width: int = Field(default=64, ge=8, description="channels of the trunk")
     features: int = Field(default=24, ge=8, description="channels that the heads see, on the latent grid")
@@ -45,12 +43,6 @@ class Options(BaseModel):
     kernel: int = Field(default=9, ge=0, description="side of the filters that move content, in cells; 0: none")
     flow: float = Field(
         default=0.1, ge=0, description="weight of the flow's end-point error, in cells; 0: no flow head, no flow read"
-    )
-    flip: bool = Field(
-        default=True, description="train on every other window mirrored; it then reads frames, not latents"
-    )
-    recolour: bool = Field(
-        default=False, description="train on half of the windows with their colour channels rolled; needs flip"
     )
 
 
@@ -94,7 +86,7 @@ class LatentFlowAux(Predictor):
 
     def forward(self, batch: Clip) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
         """Errors of the unrolled latents, relative to copying, and of the flow between them; trained through."""
-        batch = latent_targets(self.vae, batch, flip=self.options.flip, recolour=self.options.recolour)
+        batch = latent_targets(self.vae, batch, self.options)
         latents, x, gain = batch.require("latents"), self.context, self.vae.latent_gain
         observed = list(latents[:, :x].unbind(1))
         predicted, features = self.unroll(observed, latents.shape[1] - x)

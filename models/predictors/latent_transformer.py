@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from data.clips import Clip, Context
 from models.attention import Past, SpaceTimeBlock
-from models.augmentation import latent_targets
+from models.augmentation import GuiseOptions, latent_targets
 from models.autoencoder import Vaes, encode_windows
 from models.blocks import motion_stack
 from models.dynamic_filter import NextLatentHead
@@ -30,10 +30,8 @@ from models.predictor import Predictor, Rollout
 Latent = Float[Tensor, "b z hz wz"]
 
 
-class Options(BaseModel):
+class Options(GuiseOptions):
     """Architecture and loss."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     patch: int = Field(default=8, ge=1, description="side of a token's square, in cells of the latent grid")
     width: int = Field(default=128, ge=8, description="channels of a token")
@@ -46,12 +44,6 @@ class Options(BaseModel):
     norm: Norm = Field(default="l2", description="the error of the next latent: absolute (l1) or squared (l2)")
     teacher_forced: float = Field(
         default=0.0, ge=0, description="weight of one-step predictions from true latents, over the whole clip"
-    )
-    flip: bool = Field(
-        default=True, description="train on every other window mirrored; it then reads frames, not latents"
-    )
-    recolour: bool = Field(
-        default=False, description="train on half of the windows with their colour channels rolled; needs flip"
     )
 
 
@@ -85,7 +77,7 @@ class LatentTransformer(Predictor):
 
     def forward(self, batch: Clip) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
         """Error of the unrolled predictions relative to copying, trained through, and that of one-step predictions."""
-        batch = latent_targets(self.vae, batch, flip=self.options.flip, recolour=self.options.recolour)
+        batch = latent_targets(self.vae, batch, self.options)
         latents, x = batch.require("latents"), self.context
         norm, gain = self.options.norm, self.vae.latent_gain
         predicted = self.unroll(list(latents[:, :x].unbind(1)), latents.shape[1] - x)

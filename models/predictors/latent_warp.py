@@ -17,11 +17,11 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from data.clips import Clip, Context
-from models.augmentation import latent_targets
+from models.augmentation import GuiseOptions, latent_targets
 from models.autoencoder import Vaes, encode_windows
 from models.blocks import Matching, Trunk, coordinates
 from models.heads import FlowHead, OcclusionHead, ResidualHead
@@ -32,10 +32,8 @@ from models.warp import advect_flow, backward_warp, resize_flow, speed
 Latent = Float[Tensor, "b z hz wz"]
 
 
-class Options(BaseModel):
+class Options(GuiseOptions):
     """Architecture and loss weights."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     motion_prior: Literal["none", "matching", "teacher"] = Field(
         default="teacher",
@@ -47,12 +45,6 @@ class Options(BaseModel):
     coarsen: int = Field(default=4, ge=1, description="the trunk's grid is this much coarser than the latents'")
     past: int = Field(default=3, ge=2, description="latents that the trunk sees, the present one included")
     flow_stride: int = Field(default=2, ge=1, description="pixels per cell of the grid on which flow is carried along")
-    flip: bool = Field(
-        default=True, description="train on every other window mirrored; it then reads frames, not latents"
-    )
-    recolour: bool = Field(
-        default=False, description="train on half of the windows with their colour channels rolled; needs flip"
-    )
     matching: int = Field(default=4, ge=0, description="radius of the matches, in double cells; unused with a teacher")
     masked: bool = Field(default=True, description="an occlusion head masks the warped latent; else nothing does")
     mended: bool = Field(default=True, description="a residual head adds to the warped latent; else nothing does")
@@ -133,7 +125,7 @@ class LatentWarp(Predictor):
 
     def forward(self, batch: Clip) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
         """Mean over the predicted frames of every term; the rollout is unrolled and trained through."""
-        batch = latent_targets(self.vae, batch, flip=self.options.flip, recolour=self.options.recolour)
+        batch = latent_targets(self.vae, batch, self.options)
         latents, teacher, visible = (batch.require(name).float() for name in ("latents", "flow_bwd", "visible"))
         x = self.context
         steps = self.unroll([latents[:, k] for k in range(x)], teacher[:, x - 2], latents.shape[1] - x)

@@ -34,11 +34,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from data.clips import Clip, Context
-from models.augmentation import augment
+from models.augmentation import GuiseOptions, augment
 from models.autoencoder import Vaes, encode_windows
 from models.blocks import Trunk, coordinates, zero_conv
 from models.heads import ResidualHead
@@ -54,10 +54,8 @@ Motion = Float[Tensor, "b zf hf wf"]
 MOVING_PX, STILL_WEIGHT = 0.5, 0.05
 
 
-class Options(BaseModel):
+class Options(GuiseOptions):
     """Architecture and loss weights."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     disentangle: bool = Field(
         default=True, description="motion sees no appearance, appearance only the present frame; see the module"
@@ -69,12 +67,6 @@ class Options(BaseModel):
     cell: int = Field(default=8, ge=1, description="pixels per cell of the grid on which both trunks work")
     flow_stride: int = Field(default=2, ge=1, description="pixels per cell of the grid on which flow is carried along")
     past: int = Field(default=3, ge=1, description="codes that a stream sees, the present one included")
-    flip: bool = Field(
-        default=True, description="train on every other window mirrored; it then reads frames, not latents"
-    )
-    recolour: bool = Field(
-        default=False, description="train on half of the windows with their colour channels rolled; needs flip"
-    )
     latent: float = Field(default=1.0, ge=0, description="weight of the next appearance's error relative to copying")
     motion: float = Field(default=0.03, ge=0, description="weight of the next motion's error, in normalised latents")
     flow: float = Field(
@@ -103,8 +95,6 @@ class TwoStream(Predictor):
         super().__init__(height=height, width=width, context=context)
         if context <= options.past:
             raise ValueError(f"context is {context}; past={options.past} motions end in frames after the first")
-        if options.recolour and not options.flip:
-            raise ValueError("recolour is on and flip is off: it needs the frames that flip reads")
         self.options = options
         self.needs = frozenset({"flow_bwd"} | ({"frames"} if options.flip else {"latents", "flow_latents"}))
         self.frame_vae = vaes["frame"].eval().requires_grad_(False)
