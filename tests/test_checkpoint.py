@@ -117,7 +117,7 @@ def test_training_starts_from_a_checkpoint_of_the_same_model_and_latents(tmp_pat
     meta = load_pretrained(tmp_path, fresh, name="latent_warp", vaes=vaes)
     assert digest(fresh) == digest(trained) == meta.weights_digest
     wider = build("latent_warp", {**OPTIONS, "width": 24}, vaes=vaes, height=32, width=48, context=4)
-    with pytest.raises(WeightsError, match=r"do not fit LatentWarp: trunk") as caught:
+    with pytest.raises(WeightsError, match=r"LatentWarp does not fit: trunk") as caught:
         load_pretrained(tmp_path, wider, name="latent_warp", vaes=vaes)
     assert "meta.json" in caught.value.remedy
     with pytest.raises(WeightsError, match="holds 'latent_warp', this predictor is 'copy_last'"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from models.evaluation import Evaluation
 from models.metrics import Estimate, Score, paired_difference
 from models.results import write_results
 from models.statistics import State, Statistic
+from pipeline import profiles
 from pipeline.cli import main as cli
 
 VIDEOS, STEPS = 30, 4
@@ -145,6 +147,8 @@ def test_programs_read_what_the_stages_wrote(
     for result in results:
         write_results(tmp_path / "artifacts/evaluate" / result.name, result, seed=0, fps=12.5)
     (tmp_path / "params.yaml").write_text((root / "params.yaml").read_text())
+    shutil.copytree(root / "profiles", tmp_path / "profiles")
+    profiles.apply(tmp_path, "tiny")
     (tmp_path / "dvc.yaml").touch()
     (tmp_path / ".work/runs").mkdir(parents=True)
     (tmp_path / ".work/runs/evaluate@advect.json").write_text('{"frames_per_second": 2345.6}')

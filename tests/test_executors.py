@@ -124,7 +124,7 @@ def test_a_ray_cluster_that_loses_a_node_in_the_middle(
             stdout=stream,
             stderr=stream,
         )
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         # Until one shard is finished and both nodes are at work on others.
         work = workspace.folder / ".work/flow"
         while not finished(workspace, "flow") or len(list(work.glob("*/.*.building"))) < 2:
