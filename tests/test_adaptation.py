@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import fields, replace
 from typing import Any
 
@@ -12,31 +11,15 @@ import torch
 from data.clips import Context
 from data.errors import NonFiniteError
 from models.adaptation import Adaptable, AdaptationOptions, Adapted, adapted, adapted_rollout
-from models.autoencoder import BlockVAE, Vaes
+from models.autoencoder import Vaes
 from models.evaluation import Window, evaluate
 from models.predictor import Predictor, Rollout
-from tests.test_predictors import CONTEXT, HORIZON, made, observed, scene, shaken
+from tests.test_predictors import CONTEXT, HORIZON, made, observed, scene, shaken, vaes
+
+__all__ = ["vaes"]  # a fixture of the contract's tests
 
 OPTIONS = AdaptationOptions(steps=3, learning_rate=1e-2)
 every_prior = pytest.mark.parametrize("prior", ["none", "matching", "teacher"])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def vaes() -> Vaes:
-    torch.manual_seed(0)
-    pictures = scene(8).require("frames").flatten(0, 1)
-    vae = BlockVAE(latent_channels=12, stride=4, width=8, blocks=1)
-    vae.fit_basis(pictures)
-    vae.calibrate([pictures])
-    return {"frame": vae.eval().requires_grad_(False)}
 
 
 def everything(predictor: Predictor) -> dict[str, torch.Tensor]:

@@ -5,7 +5,6 @@ A predictor is tested here by existing: put its file there and these tests run o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import fields, replace
 from itertools import repeat
 from typing import Any
@@ -76,15 +75,6 @@ def scene(count: int = 2, seed: int = 0, frames: int = CONTEXT + HORIZON) -> Cli
         collision=collision,
         labelled=labelled,
     )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tensors this small run faster on one thread, and several times so on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -23,15 +22,6 @@ from models.vae_training import FlowVaeOptions, FrameObjective, VaeOptions, rand
 from models.warp import backward_warp, resize_flow
 
 STEPS = {"learning_rate": 6e-3, "warmup": 2, "precision": "float32", "ema": 0.5}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tensors this small run faster on one thread, and several times so on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def pictures(count: int = 8) -> torch.Tensor:
