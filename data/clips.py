@@ -27,8 +27,9 @@ class Clip:
     - ``visible[:, k]`` in [0, 1] on the grid of frame k+1: 1 where warping frame k can be trusted.
     - ``flow_latents[:, k]``: the flow VAE's normalised latents of ``flow_bwd[:, k]``.
     - ``boxes``: (x0, y0, x1, y1) of the visible part of each annotated object in pixels of (h, w), zeros where
-      ``presence`` is 0; ``collision[:, k]`` is 1 when something collides between frame k-1 and frame k.
-    - ``labelled`` is 1 for windows of annotated videos. Elsewhere boxes, presence and collision are zeros that mean
+      ``presence`` is 0; ``collision[:, k]`` is 1 when something collides between frame k-1 and frame k, and
+      ``collision_pairs[:, k]`` (symmetric) says which objects.
+    - ``labelled`` is 1 for windows of annotated videos. Elsewhere boxes, presence and collisions are zeros that mean
       nothing and must not count.
     """
 
@@ -42,6 +43,7 @@ class Clip:
     boxes: Float[Tensor, "b t n 4"] | None = None
     presence: Float[Tensor, "b t n"] | None = None
     collision: Float[Tensor, "b t"] | None = None
+    collision_pairs: Float[Tensor, "b t n n"] | None = None
     labelled: Float[Tensor, " b"] | None = None
 
     def require(self, name: str) -> Tensor:
@@ -65,10 +67,12 @@ class Context:
     visible: Float[Tensor, "b x-1 1 h w"]
 
 
-LABELS = frozenset({"boxes", "presence", "collision"})
+LABELS = frozenset({"boxes", "presence", "collision", "collision_pairs"})
 """Fields of a `Clip` that only annotated videos have; with any of them comes ``labelled``."""
 FIELDS = ("frames", "latents", "flow_bwd", "visible", "flow_latents", *sorted(LABELS))
 """Loadable fields of a `Clip`."""
+PAIRS = frozenset({"flow_bwd", "visible", "flow_latents"})
+"""Those of pairs of consecutive frames, one fewer than there are frames."""
 
 
 class ClipSource:
@@ -164,7 +168,7 @@ class ClipSource:
             yield self.clip(chosen[share], length)
 
     def _window(self, name: str, video: int, start: int, length: int) -> Tensor:
-        stop = start + length - (name in _PAIRS)
+        stop = start + length - (name in PAIRS)
         if (name, video) not in self._cache and self._cached < self.cache_bytes:
             whole = self._load(name, video, 0, None)
             self._cache[name, video] = whole
@@ -216,6 +220,6 @@ _ARRAYS: dict[str, tuple[str, Callable[[np.ndarray, int, int], Tensor]]] = {
     "boxes": ("boxes", _as_stored),
     "presence": ("presence", _as_stored),
     "collision": ("collision", _as_stored),
+    "collision_pairs": ("collision_pairs", _as_stored),
 }
-_PAIRS = frozenset({"flow_bwd", "visible", "flow_latents"})
 _FRAMED = frozenset({"frames", "latents"})

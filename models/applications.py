@@ -15,7 +15,7 @@ from torch import Tensor
 from data.errors import EmptyError
 from data.picture import to_uint8
 from models.flow_teachers import build_teacher
-from models.warp import backward_warp, fastest_nearby
+from models.warp import backward_warp, chain_flow, fastest_nearby, speed
 
 MOVING_PX = 0.5
 _MARGIN_PX = 3
@@ -78,7 +78,7 @@ def whole_objects(flow_bwd: Float[Tensor, "y 2 h w"], objects: Bool[Tensor, "n h
 
 
 def _moves(flow_bwd: Float[Tensor, "b 2 h w"]) -> Bool[Tensor, "b 1 h w"]:
-    return flow_bwd.norm(dim=1, keepdim=True) > MOVING_PX
+    return speed(flow_bwd) > MOVING_PX
 
 
 def _shifted(region: Bool[Tensor, "h w"], by: Float[Tensor, "2"]) -> Bool[Tensor, "h w"]:
@@ -102,13 +102,13 @@ class Carried:
 
 
 def carry(first: Float[Tensor, "3 h w"], flow_bwd: Float[Tensor, "y 2 h w"]) -> Carried:
-    """Warp ``first`` step by step."""
-    frame, known = first[None], torch.ones_like(first[None, :1])
+    """Warp ``first`` by the chained flows, which samples it once."""
+    chained, known = torch.zeros_like(flow_bwd[:1]), torch.ones_like(first[None, :1])
     frames, seen = [], []
     for asked, dragged in zip(flow_bwd[:, None], drag_ground(flow_bwd)[:, None], strict=True):
-        frame, known = backward_warp(frame, dragged), backward_warp(known, dragged)
+        chained, known = chain_flow(dragged, chained), backward_warp(known, dragged)
         known = known * (asked == dragged).all(1, keepdim=True)
-        frames.append(frame)
+        frames.append(backward_warp(first[None], chained))
         seen.append(known > 0.5)
     return Carried(torch.cat(frames), torch.cat(seen))
 
@@ -144,8 +144,8 @@ def measure(
     measured = build_teacher("dis")(clip).flow_bwd
     known, still = carried.seen, first.expand_as(result)
     figures = {
-        "epe": _mean((measured - flow_bwd).norm(dim=1, keepdim=True), moving),
-        "epe_still": _mean(flow_bwd.norm(dim=1, keepdim=True), moving),
+        "epe": _mean(speed(measured - flow_bwd), moving),
+        "epe_still": _mean(speed(flow_bwd), moving),
         "psnr": _psnr(result, carried.frames, known),
         "psnr_still": _psnr(still, carried.frames, known),
         "psnr_moving": _psnr(result, carried.frames, known & moving),

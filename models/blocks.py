@@ -112,14 +112,18 @@ class Matching(nn.Module):
 class ConvLSTMCell(nn.Module):
     """An LSTM whose state is a grid and whose weights are 3x3 convolutions (Shi et al. 2015, arXiv 1506.04214).
 
-    Without the paper's peepholes, which are weights per place and would tie the cell to one size. The forget gate
-    starts open (bias 1, Jozefowicz et al. 2015). The memory is kept in float32: it adds up over the whole clip.
+    Without the paper's peepholes, which are weights per place and would tie the cell to one size. What comes in is
+    added to what goes out, at the start unchanged (He et al. 2016): what one frame shows need not be learnt through
+    the gates. The forget gate starts open (bias 1, Jozefowicz et al. 2015). The memory is kept in float32: it adds up
+    over the whole clip.
     """
 
     def __init__(self, inputs: int, hidden: int) -> None:
         super().__init__()
         self.hidden = hidden
         self.gates = nn.Conv2d(inputs + hidden, 4 * hidden, 3, padding=1)
+        self.skip = nn.Conv2d(inputs, hidden, 1, bias=False)
+        nn.init.dirac_(self.skip.weight)
         with torch.no_grad():
             self.gates.bias[hidden : 2 * hidden] = 1.0  # pyright: ignore[reportOptionalSubscript]  # it has a bias
 
@@ -130,4 +134,4 @@ class ConvLSTMCell(nn.Module):
         gates = self.gates(torch.cat([x.to(hidden.dtype), hidden], dim=1))
         enter, forget, leave, new = gates.float().chunk(4, dim=1)
         memory = forget.sigmoid() * memory + enter.sigmoid() * new.tanh()
-        return leave.sigmoid() * memory.tanh(), memory
+        return leave.sigmoid() * memory.tanh() + self.skip(x).float(), memory

@@ -1,8 +1,10 @@
-"""Objects as points: a heat map of centres with size and offset, its losses, and slots that keep their object.
+"""Objects as points: heat maps of centres and of contacts, their losses, and slots that keep their object.
 
 After Zhou, Wang and Kraehenbuehl, "Objects as Points" (CenterNet), 2019, arXiv 1904.07850. Every cell of a coarse
 grid says how sure it is to hold the centre of a box, where in the cell that centre lies, and how large the box is.
 The Gaussians of the heat map are as wide and high as their boxes are (TTFNet, Liu et al. 2020, arXiv 1909.00700).
+A collision is a point too, midway between the two that collide: a yes or no for the whole picture, 25 times rarer than
+its opposite, teaches far less than the place where it happens.
 Lengths inside are cells of the grid; boxes outside are (x0, y0, x1, y1) in pixels, ends exclusive.
 """
 
@@ -17,6 +19,8 @@ from jaxtyping import Bool, Float, Int
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
+from models.blocks import ResidualBlock
+
 # Prior probability of the rare class at the start (Lin et al. 2017, section 3.3): logit of 0.1.
 RARE_AT_START = -2.19
 # A Gaussian reaches three standard deviations to each side of a centre; narrower than this it would fall between cells.
@@ -25,6 +29,11 @@ NARROWEST = 1 / 3
 # A slot moves its memory of where its object stands only when a peak is at least this sure.
 SURE = 0.3
 LARGEST_LOG_SIZE = 6.0
+# The probability of a centre, and of a contact, at which their heat says one half (see `heat_error`): with 0.5 the best
+# threshold for boxes was 0.2 and for collisions 0.15 (docs/log.md).
+CENTRE_HALF_AT, CONTACT_HALF_AT = 0.1, 0.03
+BESIDE = 0.5
+"""The heat of a collision in the frames before and after: hardly a mistake there, since its exact frame is chance."""
 
 
 @dataclass(frozen=True)
@@ -47,19 +56,38 @@ class Centres:
     present: Bool[Tensor, "b n"]
 
 
+class HeatHead(nn.Module):
+    """Maps from features on the same grid, the first of them logits of something rare."""
+
+    def __init__(self, inputs: int, width: int, maps: int) -> None:
+        super().__init__()
+        self.enter = nn.Conv2d(inputs, width, 3, padding=1)
+        self.mix = nn.Sequential(ResidualBlock(width), ResidualBlock(width, dilation=2))
+        self.out = nn.Conv2d(width, maps, 1)
+        with torch.no_grad():
+            self.out.bias[0] = RARE_AT_START  # pyright: ignore[reportOptionalSubscript]  # a bias is there by default
+
+    def forward(self, features: Float[Tensor, "b c gh gw"]) -> Float[Tensor, "b m gh gw"]:
+        return self.out(F.silu(self.mix(self.enter(features)))).float()
+
+
 class DetectionHead(nn.Module):
     """`CentreMaps` from features on the same grid."""
 
     def __init__(self, inputs: int, width: int) -> None:
         super().__init__()
-        self.enter = nn.Conv2d(inputs, width, 3, padding=1)
-        self.out = nn.Conv2d(width, 5, 1)
-        with torch.no_grad():
-            self.out.bias[0] = RARE_AT_START  # pyright: ignore[reportOptionalSubscript]  # a bias is there by default
+        self.maps = HeatHead(inputs, width, 5)
 
     def forward(self, features: Float[Tensor, "b c gh gw"]) -> CentreMaps:
-        out = self.out(F.silu(self.enter(features))).float()
+        out = self.maps(features)
         return CentreMaps(out[:, :1], out[:, 1:3], out[:, 3:])
+
+
+class CollisionHead(HeatHead):
+    """Logits of contact: how sure each cell is that two objects meet midway there. The picture's is the largest."""
+
+    def __init__(self, inputs: int, width: int) -> None:
+        super().__init__(inputs, width, 1)
 
 
 def centres(
@@ -87,14 +115,51 @@ def heat_map(points: Centres, grid: tuple[int, int]) -> Float[Tensor, "b 1 gh gw
     return (bumps * points.present[..., None, None]).amax(1, keepdim=True)
 
 
-def heat_error(
-    logits: Float[Tensor, "b 1 gh gw"], heat: Float[Tensor, "b 1 gh gw"], labelled: Float[Tensor, " b"]
+def contacts(
+    boxes: Float[Tensor, "b n 4"], presence: Float[Tensor, "b n"], pairs: Float[Tensor, "b n n"]
+) -> tuple[Float[Tensor, "b p 4"], Float[Tensor, "b p"]]:
+    """Boxes of collisions, one for each pair of objects, and which of them there are: midway between the two, and of
+    their mean size. A collision of which an object is not visible has no place and is left out."""
+    i, j = torch.triu_indices(boxes.shape[1], boxes.shape[1], 1, device=boxes.device)
+    return (boxes[:, i] + boxes[:, j]) / 2, pairs[:, i, j] * presence[:, i] * presence[:, j]
+
+
+def collision_error(
+    logits: Float[Tensor, "b t 1 gh gw"],
+    boxes: Float[Tensor, "b t n 4"],
+    presence: Float[Tensor, "b t n"],
+    pairs: Float[Tensor, "b t n n"],
+    labelled: Float[Tensor, " b"],
+    *,
+    stride: int,
 ) -> Float[Tensor, ""]:
-    """The penalty-reduced focal loss of CenterNet (equation 1, alpha = 2, beta = 4), per object of labelled windows."""
+    """`heat_error` of the contacts of consecutive frames, where a frame beside a collision has `BESIDE` of its heat."""
+    grid = (logits.shape[-2], logits.shape[-1])
+    places, there = contacts(boxes.flatten(0, 1), presence.flatten(0, 1), pairs.flatten(0, 1))
+    heat = heat_map(centres(places, there, grid, stride=stride), grid).unflatten(0, logits.shape[:2])
+    beside = F.pad(BESIDE * heat, (0, 0, 0, 0, 0, 0, 1, 1))
+    heat = torch.stack([heat, beside[:, :-2], beside[:, 2:]]).amax(0)
+    weight = labelled[:, None].expand(logits.shape[:2]).flatten()
+    return heat_error(logits.flatten(0, 1), heat.flatten(0, 1), weight, half_at=CONTACT_HALF_AT)
+
+
+def heat_error(
+    logits: Float[Tensor, "b 1 gh gw"],
+    heat: Float[Tensor, "b 1 gh gw"],
+    labelled: Float[Tensor, " b"],
+    *,
+    half_at: float = 0.5,
+) -> Float[Tensor, ""]:
+    """The penalty-reduced focal loss of CenterNet (equation 1, alpha = 2, beta = 4), per object of labelled windows.
+
+    With the paper's loss, ``half_at = 0.5``, a cell says one half where a centre is as likely as not. Which of some
+    neighbouring cells holds it is often open, so that no peak would reach one half; what is no centre weighs less here,
+    so that one half is said where there is one with the probability ``half_at``.
+    """
     logits, weight = logits.float(), labelled[:, None, None, None]
     p, is_centre = logits.sigmoid(), (heat >= 1).float()
     found = (1 - p).square() * F.softplus(-logits) * is_centre
-    quiet = (1 - heat).pow(4) * p.square() * F.softplus(logits)
+    quiet = half_at / (1 - half_at) * (1 - heat).pow(4) * p.square() * F.softplus(logits)
     return ((found + quiet) * weight).sum() / (is_centre * weight).sum().clamp_min(1)
 
 
@@ -120,21 +185,8 @@ def detection_error(
     """`heat_error` plus `box_error`. 0 with a zero gradient where no window is labelled."""
     grid = (maps.heat_logits.shape[2], maps.heat_logits.shape[3])
     points = centres(boxes, presence, grid, stride=stride)
-    return heat_error(maps.heat_logits, heat_map(points, grid), labelled) + box_error(maps, points, labelled)
-
-
-def focal_error(
-    logits: Float[Tensor, " b"], target: Float[Tensor, " b"], labelled: Float[Tensor, " b"], *, alpha: float = 0.9
-) -> Float[Tensor, ""]:
-    """Focal loss of a rare yes (Lin et al. 2017, arXiv 1708.02002, gamma = 2), mean over labelled windows; 0 without.
-
-    ``alpha`` weighs yes, ``1 - alpha`` no: at one yes in 25, 0.9 makes one half the answer to a chance of one tenth.
-    """
-    logits = logits.float()
-    p = logits.sigmoid()
-    yes = alpha * target * (1 - p).square() * F.softplus(-logits)
-    no = (1 - alpha) * (1 - target) * p.square() * F.softplus(logits)
-    return ((yes + no) * labelled).sum() / labelled.sum().clamp_min(1)
+    heat = heat_error(maps.heat_logits, heat_map(points, grid), labelled, half_at=CENTRE_HALF_AT)
+    return heat + box_error(maps, points, labelled)
 
 
 def decode(maps: CentreMaps, n: int, *, stride: int) -> tuple[Float[Tensor, "b n 4"], Float[Tensor, "b n"]]:

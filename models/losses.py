@@ -5,6 +5,7 @@ Weights are the caller's affair: a predictor adds these terms with its own optio
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -12,10 +13,18 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from models.warp import speed
+
 Norm = Literal["l1", "l2"]
 
 # Windows in which nothing moves have nothing to be relative to. In units of `latent_error`.
 COPYING_FLOOR = 0.005
+
+
+def weigh(terms: Mapping[str, Tensor], options: object) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
+    """The loss, each term times the field of ``options`` that has its name, and the raw terms for the logs."""
+    loss = torch.stack([getattr(options, name) * term for name, term in terms.items()]).sum()
+    return loss, {name: term.detach() for name, term in terms.items()}
 
 
 def charbonnier(difference: Float[Tensor, "*shape"], eps: float = 1e-3) -> Float[Tensor, "*shape"]:
@@ -84,8 +93,7 @@ def flow_error(
     Cells where the teacher's flow is longer than ``moving`` cells weigh 1, the rest ``background``: nine tenths of
     every picture stand still, and an unweighted mean is best served by predicting no motion at all.
     """
-    length = torch.hypot(*teacher.float().split(1, dim=1))
-    weight = torch.where(length > moving, 1.0, background)
+    weight = torch.where(speed(teacher.float()) > moving, 1.0, background)
     squared = (flow_bwd.float() - teacher.float()).square().sum(1, keepdim=True)
     return weighted_mean((squared + 1e-4).sqrt() - 1e-2, weight)
 
@@ -121,4 +129,4 @@ def foreground_weight(pictures: Float[Tensor, "b c h w"], strength: float) -> Fl
 
 def motion_weight(flow: Float[Tensor, "b 2 h w"], strength: float, *, moving: float = 0.25) -> Float[Tensor, "b 1 h w"]:
     """1 where ``flow`` is at most ``moving`` pixels long, ``1 + strength`` where it is longer."""
-    return 1 + strength * (flow.norm(dim=1, keepdim=True) > moving)
+    return 1 + strength * (speed(flow) > moving)

@@ -1,4 +1,4 @@
-"""From a recurrent state on a coarse grid back to pixels: fine features, the residual, and collisions.
+"""From a recurrent state on a coarse grid back to pixels: fine features, and the residual.
 
 Everything that works on fine grids folds its pixels into channels first (pixel unshuffle): the same information, and a
 convolution of many channels on few cells is several times faster on a CPU than one of few channels on many.
@@ -12,7 +12,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from models.blocks import ResidualBlock, zero_conv
-from models.detection import RARE_AT_START
 from models.warp import resize_flow
 
 FINE = 2
@@ -85,21 +84,6 @@ class FillHead(nn.Module):
         features = F.silu(self.middle(F.silu(self.enter(features))))
         out = F.pixel_shuffle(self.out(features).float(), FINE)
         return out[:, :1] * (fill - warped) + out[:, 1:]
-
-
-class CollisionHead(nn.Module):
-    """The logit that something collides, from the largest and the mean over all cells of what a convolution sees."""
-
-    def __init__(self, inputs: int, width: int) -> None:
-        super().__init__()
-        self.enter = nn.Conv2d(inputs, width, 3, padding=1)
-        self.mix, self.out = nn.Linear(2 * width, width), nn.Linear(width, 1)
-        nn.init.constant_(self.out.bias, RARE_AT_START)
-
-    def forward(self, features: Float[Tensor, "b c gh gw"]) -> Float[Tensor, " b"]:
-        seen = F.silu(self.enter(features)).float()
-        pooled = torch.cat([seen.amax((2, 3)), seen.mean((2, 3))], dim=1)
-        return self.out(F.silu(self.mix(pooled))).float().squeeze(1)
 
 
 def _shrink(flows: Float[Tensor, "b 4 h w"], height: int, width: int) -> Float[Tensor, "b 4 h2 w2"]:

@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from data.clips import Clip
+from data.clips import FIELDS, PAIRS, Clip
 from data.errors import CompilerError, EmptyError, NonFiniteError
 from models.predictor import Predictor
 from models.training_state import Keeping, Running
@@ -194,21 +194,8 @@ def horizon_at(place: float | int, longest: int, options: TrainingOptions) -> in
 
 def crop(clip: Clip, frames: int) -> Clip:
     """The first ``frames`` frames of every window, with the flow and visibility between them."""
-
-    def cut(value: Tensor | None, length: int) -> Tensor | None:
-        return None if value is None else value[:, :length]
-
-    return replace(
-        clip,
-        frames=cut(clip.frames, frames),
-        latents=cut(clip.latents, frames),
-        flow_bwd=cut(clip.flow_bwd, frames - 1),
-        visible=cut(clip.visible, frames - 1),
-        flow_latents=cut(clip.flow_latents, frames - 1),
-        boxes=cut(clip.boxes, frames),
-        presence=cut(clip.presence, frames),
-        collision=cut(clip.collision, frames),
-    )
+    held = {name: value for name in FIELDS if (value := getattr(clip, name)) is not None}
+    return replace(clip, **{name: value[:, : frames - (name in PAIRS)] for name, value in held.items()})
 
 
 def autocast(device: torch.device | str, precision: str) -> AbstractContextManager[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from itertools import chain, islice
 
@@ -52,7 +53,7 @@ Term = tuple[float, Float[Tensor, ""]]
 """A weight, and what it is the weight of."""
 
 
-class VaeObjective(nn.Module):
+class VaeObjective(nn.Module, ABC):
     """``forward(x) -> (loss, logs)``: Charbonnier reconstruction, more where it matters, + KL + terms of subclasses."""
 
     def __init__(self, vae: LatentVAE, options: FlowVaeOptions, generator: torch.Generator) -> None:
@@ -72,9 +73,9 @@ class VaeObjective(nn.Module):
             terms[name] = term
         return loss, terms
 
+    @abstractmethod
     def weigh(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 1 h w"]:
         """How much each pixel counts."""
-        raise NotImplementedError
 
     def further(
         self,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from data.resize import resize_flow
 
-__all__ = ["advect_flow", "backward_warp", "fastest_nearby", "resize_flow"]
+__all__ = ["advect_flow", "backward_warp", "chain_flow", "fastest_nearby", "resize_flow", "speed"]
 
 
 def backward_warp(
@@ -42,6 +42,14 @@ def backward_warp(
         grid = torch.stack([grid_x, grid_y], dim=-1)
         out = F.grid_sample(source.float(), grid, mode=mode, padding_mode="border", align_corners=False)
     return out.to(source.dtype)
+
+
+def chain_flow(flow_bwd: Float[Tensor, "b 2 h w"], before_bwd: Float[Tensor, "b 2 h w"]) -> Float[Tensor, "b 2 h w"]:
+    """One flow for two pairs: ``flow_bwd`` leads to the frame on which ``before_bwd`` lives, and that one further back.
+
+    Warping once by a chain of flows samples the picture once, where warping by each blurs it each time.
+    """
+    return flow_bwd + backward_warp(before_bwd, flow_bwd)
 
 
 @torch.no_grad()

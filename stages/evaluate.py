@@ -17,7 +17,6 @@ from data.manifest import write_json
 from data.resize import resize_field, resize_flow
 from data.store import Store
 from models.adaptation import Adaptable, AdaptationOptions, Adapted
-from models.autoencoder import load_vae
 from models.checkpoint import digest, load_predictor
 from models.evaluation import Evaluation, Window, evaluate
 from models.perceptual import Perceptual, load_lpips
@@ -29,6 +28,7 @@ from pipeline.params import check_options
 from pipeline.progress import Tick
 from pipeline.stage import ARTIFACTS, Job, run_stage
 from stages.folder import build_folder
+from stages.train import load_vaes
 
 TIMINGS = "timings.json"
 LABELS = ("boxes", "presence", "collision")
@@ -40,7 +40,7 @@ def run(job: Job) -> None:
     evaluation, block = job.params.evaluate, job.params.predictors[job.key]
     windows = Windows(job)
     _, kind = find(block.model)
-    vaes = {key: load_vae(ARTIFACTS / "vae" / key) for key in sorted(kind.needs_vaes)}
+    vaes = load_vaes(kind)
     predictor = load_predictor(ARTIFACTS / "train" / job.key, vaes=vaes)
     perceptual = perceptual_of(job)
     adapted = None

@@ -42,6 +42,7 @@ STORES = {
     "boxes": ARTIFACTS / "label",
     "presence": ARTIFACTS / "label",
     "collision": ARTIFACTS / "label",
+    "collision_pairs": ARTIFACTS / "label",
 }
 """Which store holds which field of a clip."""
 STATE = "state.safetensors"

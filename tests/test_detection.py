@@ -9,12 +9,16 @@ import torch
 from torch import Tensor
 
 from models.detection import (
+    BESIDE,
+    CONTACT_HALF_AT,
     CentreMaps,
+    CollisionHead,
     DetectionHead,
     centres,
+    collision_error,
+    contacts,
     decode,
     detection_error,
-    focal_error,
     heat_error,
     heat_map,
     link,
@@ -88,13 +92,51 @@ def test_heat_error_is_the_papers_formula() -> None:
     assert float(heat_error(logits, heat, labelled)) == pytest.approx(-total / 3, rel=1e-4)
 
 
-def test_focal_error_is_the_papers_formula() -> None:
-    logits, target = torch.tensor([-2.0, 0.5, 3.0]), torch.tensor([1.0, 0.0, 1.0])
-    total = 0.0
-    for p, y in zip(logits.sigmoid().tolist(), target.tolist(), strict=True):
-        p_true, weight = (p, 0.8) if y else (1 - p, 1 - 0.8)
-        total -= weight * (1 - p_true) ** 2 * math.log(p_true)
-    assert float(focal_error(logits, target, torch.ones(3), alpha=0.8)) == pytest.approx(total / 3, rel=1e-5)
+@pytest.mark.parametrize("half_at", [0.5, 0.1])
+def test_one_half_is_said_at_the_probability_asked_for(half_at: float) -> None:
+    """A cell that holds a centre so often: its expected loss is least at a logit of zero."""
+    logits = torch.zeros(1, 1, 1, 2, requires_grad=True)
+    sure = torch.tensor([[[[0.0, 1.0]]]])  # the other cell is a centre in any case, so that there is one to count
+    expected = half_at * heat_error(logits, torch.ones(1, 1, 1, 2), torch.ones(1), half_at=half_at) * 2
+    expected = expected + (1 - half_at) * heat_error(logits, sure, torch.ones(1), half_at=half_at)
+    (grad,) = torch.autograd.grad(expected, logits)
+    assert float(grad[..., 0]) == pytest.approx(0, abs=1e-6)
+
+
+def test_a_collision_is_midway_between_two_that_are_visible() -> None:
+    boxes, presence = some_boxes()
+    pairs = torch.zeros(2, 8, 8)
+    for i, j in ((0, 2), (1, 5)):  # the sixth slot is empty
+        pairs[0, i, j] = pairs[0, j, i] = 1
+    places, there = contacts(boxes, presence, pairs)
+    assert there.sum() == 1
+    found = places[0, there[0].bool()][0]
+    torch.testing.assert_close(
+        (found[:2] + found[2:]) / 2, (boxes[0, 0].reshape(2, 2) + boxes[0, 2].reshape(2, 2)).mean(0) / 2
+    )
+    torch.testing.assert_close(found[2:] - found[:2], (boxes[0, [0, 2], 2:] - boxes[0, [0, 2], :2]).mean(0))
+
+
+def test_the_error_of_collisions_forgives_the_frames_beside_it() -> None:
+    boxes, presence = (part[:1, None].expand(1, 5, *part.shape[1:]) for part in some_boxes())
+    pairs = torch.zeros(1, 5, 8, 8)
+    pairs[0, 2, 0, 1] = pairs[0, 2, 1, 0] = 1
+    places, there = contacts(boxes[0], presence[0], pairs[0])
+    cell = int(centres(places, there, GRID, stride=STRIDE).cell[2, there[2].argmax()])
+
+    def error(frame: int) -> float:
+        """Of saying it in that frame on top of the right one."""
+        logits = torch.full((1, 5, 1, *GRID), -8.0)
+        for k in (2, frame):
+            logits[0, k].view(-1)[cell] = 2.0
+        return float(collision_error(logits, boxes, presence, pairs, torch.ones(1), stride=STRIDE))
+
+    right, beside, off = error(2), error(3), error(4)
+    p = torch.tensor(2.0).sigmoid()
+    assert right == pytest.approx(float(-((1 - p) ** 2) * p.log()), abs=1e-3)
+    false = CONTACT_HALF_AT / (1 - CONTACT_HALF_AT) * float(-(p**2) * (1 - p).log())
+    assert beside - right == pytest.approx((1 - BESIDE) ** 4 * false, rel=1e-3)
+    assert off - right == pytest.approx(false, rel=1e-3)
 
 
 def test_unlabelled_windows_do_not_matter() -> None:
@@ -116,15 +158,16 @@ def test_unlabelled_windows_do_not_matter() -> None:
 
 def test_without_labels_the_terms_are_zero_and_so_are_their_gradients() -> None:
     boxes, presence = some_boxes()
-    features, logits = torch.randn(2, 4, *GRID, requires_grad=True), torch.randn(2, requires_grad=True)
-    none = torch.zeros(2)
+    features, none = torch.randn(2, 4, *GRID, requires_grad=True), torch.zeros(2)
     error = detection_error(DetectionHead(4, 8)(features), boxes, presence, none, stride=STRIDE)
-    error = error + focal_error(logits, torch.ones(2), none)
+    contact = CollisionHead(4, 8)(features)[:, None]
+    error = error + collision_error(
+        contact, boxes[:, None], presence[:, None], torch.ones(2, 1, 8, 8), none, stride=STRIDE
+    )
     error.backward()
     assert error == 0
-    for value in (features, logits):
-        assert value.grad is not None
-        assert value.grad.abs().sum() == 0
+    assert features.grad is not None
+    assert features.grad.abs().sum() == 0
 
 
 def test_a_perfect_head_costs_almost_nothing_and_a_silent_one_much() -> None:

@@ -59,7 +59,8 @@ def test_the_cell_is_an_lstm_at_every_place() -> None:
             i, f, o, g = (weight.flatten(1) @ around + bias).split(4)
             c = torch.sigmoid(f) * memory[0, :, row, column] + torch.sigmoid(i) * torch.tanh(g)
             torch.testing.assert_close(kept[0, :, row, column], c)
-            torch.testing.assert_close(after[0, :, row, column], torch.sigmoid(o) * torch.tanh(c))
+            past = F.pad(x[0, :, row, column], (0, 1))  # three channels into four
+            torch.testing.assert_close(after[0, :, row, column], torch.sigmoid(o) * torch.tanh(c) + past)
 
 
 def test_it_starts_as_advect() -> None:
@@ -154,7 +155,7 @@ def test_gradients_pass_through_the_frames_that_are_fed_back() -> None:
     predictor, clip = moved(), scene()
     state, _ = predictor.observe(clip.require("frames")[:, :CONTEXT], clip.require("flow_bwd")[:, : CONTEXT - 1])
     steps = predictor.unroll(state, HORIZON)
-    (grad,) = torch.autograd.grad(steps[-1].sight.collision.sum(), steps[0].residual)
+    (grad,) = torch.autograd.grad(predictor.sight(steps[-1].hidden).contact.sum(), steps[0].residual)
     assert grad.abs().sum() > 0
 
 
@@ -173,11 +174,11 @@ def test_unlabelled_windows_do_not_train_boxes_and_collisions() -> None:
 def test_boxes_and_collisions_are_those_of_the_frame_that_comes_next() -> None:
     predictor, clip = made(flip=False), scene()
     _, logs = predictor(clip)
-    for field in ("boxes", "collision"):
+    for field, term in (("boxes", "boxes"), ("collision_pairs", "collision")):
         first, second = (clip.require(field).clone() for _ in range(2))
         first[:, 0], second[:, 1] = 1 - first[:, 0], 1 - second[:, 1]
-        assert predictor(replace(clip, **{field: first}))[1][field] == logs[field]
-        assert predictor(replace(clip, **{field: second}))[1][field] != logs[field]
+        assert predictor(replace(clip, **{field: first}))[1][term] == logs[term]
+        assert predictor(replace(clip, **{field: second}))[1][term] != logs[term]
 
 
 def test_a_step_in_bfloat16_is_nearly_that_in_float32() -> None:

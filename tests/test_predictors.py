@@ -35,18 +35,19 @@ SMALL: dict[str, dict[str, Any]] = {
 
 
 def scene(count: int = 2, seed: int = 0, frames: int = CONTEXT + HORIZON) -> Clip:
-    """Squares that move at constant velocity over a slope, with their true flow, visibility and boxes. The last window
-    has no annotation."""
+    """Squares that move at constant velocity over a slope, with their true flow, visibility and boxes, and a collision
+    with something at the right border. The last window has no annotation."""
     generator = torch.Generator().manual_seed(seed)
     pictures = (
         torch.linspace(0.3, 0.6, HEIGHT)[None, None, None, :, None].expand(count, frames, 3, HEIGHT, WIDTH).clone()
     )
     flow_bwd = torch.zeros(count, frames - 1, 2, HEIGHT, WIDTH)
     visible = torch.ones(count, frames - 1, 1, HEIGHT, WIDTH)
-    boxes, presence, collision = (
+    boxes, presence, collision, collision_pairs = (
         torch.zeros(count, frames, 6, 4),
         torch.zeros(count, frames, 6),
         torch.zeros(count, frames),
+        torch.zeros(count, frames, 6, 6),
     )
     labelled = (torch.arange(count) < max(count - 1, 1)).float()
     for i in range(count):
@@ -59,7 +60,9 @@ def scene(count: int = 2, seed: int = 0, frames: int = CONTEXT + HORIZON) -> Cli
             pictures[i, k, :, y : y + 8, x + 2 * k : x + 2 * k + 8] = colour
             if labelled[i]:
                 boxes[i, k, 0] = torch.tensor([x + 2 * k, y, x + 2 * k + 8, y + 8]).float()
-                presence[i, k, 0], collision[i, k] = 1, float(k == CONTEXT + 1)
+                boxes[i, k, 1] = torch.tensor([WIDTH - 12, y, WIDTH - 4, y + 8]).float()  # is not drawn
+                presence[i, k, :2], collision[i, k] = 1, float(k == CONTEXT + 1)
+                collision_pairs[i, k, 0, 1] = collision_pairs[i, k, 1, 0] = collision[i, k]
             if k:
                 flow_bwd[i, k - 1, 0, y : y + 8, x + 2 * k : x + 2 * k + 8] = -2
                 visible[i, k - 1, 0, y : y + 8, x + 2 * k - 2 : x + 2 * k] = 0
@@ -73,6 +76,7 @@ def scene(count: int = 2, seed: int = 0, frames: int = CONTEXT + HORIZON) -> Cli
         boxes=boxes,
         presence=presence,
         collision=collision,
+        collision_pairs=collision_pairs,
         labelled=labelled,
     )
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from models.warp import advect_flow, backward_warp, resize_flow
+from models.warp import advect_flow, backward_warp, chain_flow, resize_flow
 
 
 def sample(image: Tensor, x: float, y: float) -> Tensor:
@@ -135,6 +135,16 @@ def slow_advect(flow_bwd: Tensor, reach: int) -> Tensor:
                 if arriving[i, :, y, x].norm() > flow_bwd[i, :, y, x].norm():
                     out[i, :, y, x] = arriving[i, :, y, x]
     return out
+
+
+def test_chained_flows_warp_like_one_after_the_other() -> None:
+    """A slope is interpolated without error, so both ways agree away from the borders."""
+    ys, xs = torch.meshgrid(torch.arange(24.0), torch.arange(32.0), indexing="ij")
+    picture = torch.stack([2 * xs - ys, ys])[None]
+    first, second = torch.stack([0.3 * ys / 24 + 1, 0.2 * xs / 32])[None], torch.full((1, 2, 24, 32), -1.25)
+    stepwise = backward_warp(backward_warp(picture, first), second)
+    inside = (slice(None), slice(None), slice(4, -4), slice(4, -4))
+    torch.testing.assert_close(backward_warp(picture, chain_flow(second, first))[inside], stepwise[inside])
 
 
 def test_advect_flow_follows_itself() -> None:

@@ -25,7 +25,7 @@ from models.augmentation import GuiseOptions, latent_targets
 from models.autoencoder import Vaes, encode_windows
 from models.blocks import Matching, Trunk, coordinates
 from models.heads import FlowHead, OcclusionHead, ResidualHead
-from models.losses import copying_error, flow_error, latent_error, visibility_error, weighted_mean
+from models.losses import copying_error, flow_error, latent_error, visibility_error, weigh, weighted_mean
 from models.predictor import Predictor, Rollout
 from models.warp import advect_flow, backward_warp, resize_flow, speed
 
@@ -141,9 +141,7 @@ class LatentWarp(Predictor):
                 terms["mask"].append(visibility_error(step.visible_logits, true_visible))
             if step.residual is not None:
                 terms["residual"].append(step.residual.abs().mean())
-        logs = {name: torch.stack(values).mean() for name, values in terms.items()}
-        loss = sum((getattr(self.options, name) * value for name, value in logs.items()), start=torch.zeros(()))
-        return loss, {name: value.detach() for name, value in logs.items()}
+        return weigh({name: torch.stack(values).mean() for name, values in terms.items()}, self.options)
 
     def flow_parameters(self) -> dict[str, nn.Parameter]:
         """The flow head, for `models.adaptation`."""

@@ -28,11 +28,11 @@ from models.augmentation import augment
 from models.autoencoder import Vaes
 from models.blocks import ConvLSTMCell, Matching, coordinates
 from models.checkpoint import digest
-from models.detection import CentreMaps, DetectionHead, decode, detection_error, focal_error, link
+from models.detection import CentreMaps, CollisionHead, DetectionHead, collision_error, decode, detection_error, link
 from models.heads import FlowHead
 from models.image_encoder import ENCODERS, PATCH, build_pretrained, build_tokens
-from models.losses import flow_error, weighted_mean
-from models.pixel_heads import FINE, CollisionHead, FillHead, FineFeatures
+from models.losses import flow_error, weigh, weighted_mean
+from models.pixel_heads import FINE, FillHead, FineFeatures
 from models.predictor import Predictor, Rollout
 from models.warp import advect_flow, backward_warp, resize_flow
 
@@ -70,8 +70,8 @@ class Options(BaseModel):
     warped: float = Field(default=0.1, ge=0, description="weight of the same of the warped frame where it is visible")
     flow: float = Field(default=0.03, ge=0, description="weight of the flow's end-point error against the teacher")
     residual: float = Field(default=0.3, ge=0, description="weight of the residual's mean size")
-    boxes: float = Field(default=0.03, gt=0, description="weight of the boxes' error")
-    collision: float = Field(default=0.3, gt=0, description="weight of the collisions' focal loss")
+    boxes: float = Field(default=0.3, gt=0, description="weight of the boxes' error")
+    collision: float = Field(default=0.1, gt=0, description="weight of the collisions' error")
 
 
 # Mean squared error of colours in [0, 1]. Windows in which nothing moves have nothing to be relative to.
@@ -94,27 +94,28 @@ class State:
 
 @dataclass(frozen=True)
 class Sight:
-    """What the hidden state says of the next frame's objects."""
+    """What hidden states say of the next frames' objects: maps of their centres, logits of their contacts."""
 
     boxes: CentreMaps
-    collision: Float[Tensor, " b"]
+    contact: Float[Tensor, "b 1 gh gw"]
 
 
 @dataclass(frozen=True)
 class Step:
-    """One predicted frame, not clamped, and what it was made of; the flow in cells of its own grid."""
+    """One predicted frame, not clamped, and what it was made of, the hidden state among it; the flow in cells of its
+    own grid."""
 
     frame: Frame
     warped: Frame
     residual: Frame
     flow_bwd: Float[Tensor, "b 2 hf wf"]
-    sight: Sight
+    hidden: Float[Tensor, "b c gh gw"]
 
 
 class PixelWarpLSTM(Predictor):
     """See the module. A frozen encoder is rebuilt by its name, and must have the weights of the training."""
 
-    needs = frozenset({"frames", "flow_bwd", "visible", "boxes", "presence", "collision"})
+    needs = frozenset({"frames", "flow_bwd", "visible", "boxes", "presence", "collision_pairs"})
     borrowed = frozenset({"pretrained"})
 
     def __init__(self, options: Options, *, vaes: Vaes, height: int, width: int, context: int) -> None:
@@ -139,7 +140,7 @@ class PixelWarpLSTM(Predictor):
         self.flow_head = FlowHead(options.fine, cell=FINE / options.flow_stride)
         self.residual_head = FillHead(options.middle, options.fine, 2 * options.fine)
         self.detection_head = DetectionHead(options.hidden, options.hidden)
-        self.collision_head = CollisionHead(options.hidden, options.hidden // 2)
+        self.collision_head = CollisionHead(options.hidden, options.hidden)
 
     def look(self, frames: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n c gh gw"]:
         """The encoder's features of frames, observed or predicted."""
@@ -147,8 +148,8 @@ class PixelWarpLSTM(Predictor):
 
     def observe(
         self, frames: Float[Tensor, "b x 3 h w"], teacher: Float[Tensor, "b x-1 2 h w"]
-    ) -> tuple[State, list[Sight]]:
-        """The state after the observed frames, and what it said of each of them but the first beforehand."""
+    ) -> tuple[State, list[Float[Tensor, "b c gh gw"]]]:
+        """The state after the observed frames, and the hidden states that came before each of them but the first."""
         self._check_encoder()
         b, x = frames.shape[:2]
         looks = self.look(frames.flatten(0, 1)).unflatten(0, (b, x))
@@ -157,13 +158,13 @@ class PixelWarpLSTM(Predictor):
         cells = (self.height // self.options.flow_stride, self.width // self.options.flow_stride)
         still = frames.new_zeros(b, 2, *cells)
         state = State(frames[:, 0], still, still, empty, empty, _median(frames))
-        sights = []
+        hidden = []
         for k in range(x):
             flow_bwd = still if k == 0 else self._observed_flow(frames, teacher, k, cells)
             state = self._remember(state, looks[:, k], frames[:, k], flow_bwd)
             if k < x - 1:
-                sights.append(self._sight(state))
-        return state, sights
+                hidden.append(state.hidden)
+        return state, hidden
 
     def step(self, state: State) -> Step:
         """The frame after the one that the state saw last."""
@@ -174,7 +175,11 @@ class PixelWarpLSTM(Predictor):
         after = resize_flow(flow_bwd, *size)
         warped = backward_warp(state.frame, after)
         residual = self.residual_head(middle, fine, warped, state.background, before, after)
-        return Step(warped + residual, warped, residual, flow_bwd, self._sight(state))
+        return Step(warped + residual, warped, residual, flow_bwd, state.hidden)
+
+    def sight(self, hidden: Float[Tensor, "b c gh gw"]) -> Sight:
+        """The heads of objects."""
+        return Sight(self.detection_head(hidden), self.collision_head(hidden))
 
     def unroll(self, state: State, horizon: int) -> list[Step]:
         """``horizon`` steps; every predicted frame, clamped, is what the encoder sees next."""
@@ -193,7 +198,7 @@ class PixelWarpLSTM(Predictor):
         batch = augment(batch, mirror=self.options.flip, recolour=self.options.recolour)
         frames, teacher, visible = (batch.require(name) for name in ("frames", "flow_bwd", "visible"))
         x = self.context
-        state, sights = self.observe(frames[:, :x], teacher[:, : x - 1])
+        state, hidden = self.observe(frames[:, :x], teacher[:, : x - 1])
         steps = self.unroll(state, frames.shape[1] - x)
         terms: dict[str, list[Tensor]] = {"frame": [], "warped": [], "flow": [], "residual": []}
         for k, step in enumerate(steps, start=x):
@@ -203,22 +208,22 @@ class PixelWarpLSTM(Predictor):
             terms["warped"].append(weighted_mean((step.warped - target).square(), visible[:, k - 1]) / copying)
             terms["flow"].append(flow_error(resize_flow(step.flow_bwd, self.height, self.width), teacher[:, k - 1]))
             terms["residual"].append(step.residual.abs().mean())
-        logs = {name: torch.stack(values).mean() for name, values in terms.items()}
-        logs |= self._object_errors([*sights, *(step.sight for step in steps)], batch)
-        loss = sum((getattr(self.options, name) * value for name, value in logs.items()), start=frames.new_zeros(()))
-        return loss, {name: value.detach() for name, value in logs.items()}
+        means = {name: torch.stack(values).mean() for name, values in terms.items()}
+        return weigh(means | self._object_errors([*hidden, *(step.hidden for step in steps)], batch), self.options)
 
     def rollout(self, context: Context, horizon: int, generator: torch.Generator) -> Rollout:
         """Everything but visibility. Nothing is drawn from ``generator``."""
         steps = self.unroll(self.observe(context.frames, context.flow_bwd)[0], horizon)
-        found = [decode(step.sight.boxes, MAX_OBJECTS, stride=PATCH) for step in steps]
-        boxes, presence = link(*(torch.stack(parts, 1) for parts in zip(*found, strict=True)))
+        hidden = torch.stack([step.hidden for step in steps], 1)
+        sight = self.sight(hidden.flatten(0, 1))
+        found = decode(sight.boxes, MAX_OBJECTS, stride=PATCH)
+        boxes, presence = link(*(part.unflatten(0, hidden.shape[:2]) for part in found))
         return Rollout(
             frames=torch.stack([step.frame.clamp(0, 1) for step in steps], 1),
             flow_bwd=torch.stack([resize_flow(step.flow_bwd, self.height, self.width) for step in steps], 1),
             boxes=boxes,
             presence=presence,
-            collision=torch.stack([step.sight.collision.sigmoid() for step in steps], 1),
+            collision=sight.contact.amax((1, 2, 3)).sigmoid().unflatten(0, hidden.shape[:2]),
         )
 
     def _remember(
@@ -230,9 +235,6 @@ class PixelWarpLSTM(Predictor):
         seen = torch.cat([look, before, prior, prior.square().sum(1, keepdim=True), coordinates(prior)], dim=1)
         hidden, memory = self.lstm(seen, state.hidden, state.memory)
         return State(frame, flow_bwd, prior_bwd, hidden, memory, state.background)
-
-    def _sight(self, state: State) -> Sight:
-        return Sight(self.detection_head(state.hidden), self.collision_head(state.hidden))
 
     def _observed_flow(
         self, frames: Float[Tensor, "b x 3 h w"], teacher: Float[Tensor, "b x-1 2 h w"], k: int, cells: tuple[int, int]
@@ -247,17 +249,17 @@ class PixelWarpLSTM(Predictor):
         gain = torch.full((present.shape[1],), present.shape[1] ** -0.5, device=frames.device)
         return resize_flow(self.matching(present, previous, gain)[:, :2], *cells)
 
-    def _object_errors(self, sights: list[Sight], batch: Clip) -> dict[str, Tensor]:
+    def _object_errors(self, hidden: list[Float[Tensor, "b c gh gw"]], batch: Clip) -> dict[str, Tensor]:
         """Of the frames from the second on, all as one batch: objects are rare in any one of them."""
-        boxes, presence, collision = (batch.require(name)[:, 1:] for name in ("boxes", "presence", "collision"))
-        labelled = batch.require("labelled")[:, None].expand_as(collision).flatten()
-        maps = [torch.stack([getattr(s.boxes, f) for s in sights], 1).flatten(0, 1) for f in _MAPS]
-        logits = torch.stack([s.collision for s in sights], 1).flatten()
+        boxes, presence, pairs = (batch.require(name)[:, 1:] for name in ("boxes", "presence", "collision_pairs"))
+        labelled, shape = batch.require("labelled"), boxes.shape[:2]
+        sight = self.sight(torch.stack(hidden, 1).flatten(0, 1))
+        each = labelled[:, None].expand(shape).flatten()
         return {
-            "boxes": detection_error(
-                CentreMaps(*maps), boxes.flatten(0, 1), presence.flatten(0, 1), labelled, stride=PATCH
+            "boxes": detection_error(sight.boxes, boxes.flatten(0, 1), presence.flatten(0, 1), each, stride=PATCH),
+            "collision": collision_error(
+                sight.contact.unflatten(0, shape), boxes, presence, pairs, labelled, stride=PATCH
             ),
-            "collision": focal_error(logits, collision.flatten(), labelled),
         }
 
     def _check_encoder(self) -> None:
@@ -267,9 +269,6 @@ class PixelWarpLSTM(Predictor):
                 f"the encoder {self.options.encoder} has the digest {self.found}, expected {expected}",
                 remedy="give the weights that this predictor was trained with, or train it again",
             )
-
-
-_MAPS = ("heat_logits", "offset", "log_size")
 
 
 def _median(frames: Float[Tensor, "b x 3 h w"]) -> Frame:

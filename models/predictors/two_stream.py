@@ -28,7 +28,7 @@ it is given: a single picture's code holds none, and no second one is shown. It 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,9 +42,9 @@ from models.augmentation import GuiseOptions, augment
 from models.autoencoder import Vaes, encode_windows
 from models.blocks import Trunk, coordinates, zero_conv
 from models.heads import ResidualHead
-from models.losses import copying_error, flow_error, latent_error, weighted_mean
+from models.losses import copying_error, flow_error, latent_error, weigh, weighted_mean
 from models.predictor import Predictor, Rollout
-from models.warp import advect_flow, backward_warp, resize_flow
+from models.warp import advect_flow, backward_warp, chain_flow, resize_flow, speed
 
 Appearance = Float[Tensor, "b z hz wz"]
 Motion = Float[Tensor, "b zf hf wf"]
@@ -144,14 +144,24 @@ class TwoStream(Predictor):
         carried = advect_flow(resize_flow(flow_bwd, h // stride, w // stride))
         return self.flow_vae.to_latents(resize_flow(carried, h, w))
 
-    def next_appearance(self, appearances: Sequence[Appearance], motions: Sequence[Motion], motion: Motion) -> Step:
-        """The appearance that ``motion`` leads to. With ``disentangle`` only ``appearances[-1]`` and it are seen."""
+    def next_appearance(
+        self,
+        appearances: Sequence[Appearance],
+        motions: Sequence[Motion],
+        motion: Motion,
+        warp: Callable[[Appearance, Float[Tensor, "b 2 hz wz"]], Appearance] = backward_warp,
+    ) -> Step:
+        """The appearance that ``motion`` leads to. With ``disentangle`` only ``appearances[-1]`` and it are seen.
+
+        ``warp`` moves that by the flow, in cells.
+        """
         flow_bwd = self.flow_vae.from_latents(motion)
+        on_grid = resize_flow(flow_bwd, *appearances[-1].shape[-2:])
         codes = [appearances[-1]]
         if not self.options.disentangle:
             fine = [F.interpolate(m - self.rest, scale_factor=self.ratio) for m in (*motions, motion)]
             codes = [*appearances, *fine]
-        appearance, residual = self.appearance_stream(codes, appearances[-1], flow_bwd)
+        appearance, residual = self.appearance_stream(codes, warp(appearances[-1], on_grid), on_grid)
         return Step(appearance, motion, flow_bwd, residual)
 
     def unroll(self, appearances: Sequence[Appearance], motions: Sequence[Motion], horizon: int) -> list[Step]:
@@ -183,9 +193,7 @@ class TwoStream(Predictor):
             if self.options.disentangle:
                 true_flow_bwd = resize_flow(teacher[:, k - 1], *grid)
                 terms["flow"].append(flow_error(resize_flow(step.flow_bwd, *grid), true_flow_bwd))
-        logs = {name: torch.stack(values).mean() for name, values in terms.items()}
-        loss = sum((getattr(self.options, name) * value for name, value in logs.items()), start=torch.zeros(()))
-        return loss, {name: value.detach() for name, value in logs.items()}
+        return weigh({name: torch.stack(values).mean() for name, values in terms.items()}, self.options)
 
     def _targets(self, batch: Clip) -> tuple[Tensor, Tensor, Tensor]:
         """Appearance and motion latents and the teacher's flow; every other window mirrored where ``flip`` is on."""
@@ -198,9 +206,8 @@ class TwoStream(Predictor):
 
     def _moving(self, teacher: Float[Tensor, "b p 2 h w"]) -> Float[Tensor, "b p 1 hf wf"]:
         """How much the cells of the motion latents count: 1 where something in them moves."""
-        length = torch.hypot(teacher[:, :, 0], teacher[:, :, 1])  # linalg's norm over two channels is ten times slower
-        fastest = F.max_pool2d(length, self.flow_vae.stride)
-        return torch.where(fastest > MOVING_PX, 1.0, STILL_WEIGHT)[:, :, None]
+        fastest = F.max_pool2d(speed(teacher.flatten(0, 1)), self.flow_vae.stride).unflatten(0, teacher.shape[:2])
+        return torch.where(fastest > MOVING_PX, 1.0, STILL_WEIGHT)
 
     def _motion_error(self, motion: Motion, target: Motion, weight: Float[Tensor, "b 1 hf wf"]) -> Float[Tensor, ""]:
         """Root of the squared error over channels, smoothed at zero."""
@@ -228,15 +235,33 @@ class TwoStream(Predictor):
 
         ``motion_latents[:, k]`` are the flow VAE's normalised latents of the backward flow from result k to the frame
         before it. Without ``disentangle`` the stream also sees a past, which is then that ``first`` stood still.
+
+        A rollout interpolates its latents anew in every step, as it was trained to; here what is given is sharp and
+        should stay so. The flows are therefore chained, the first latent is warped once by all of them, and what the
+        residuals added is carried along beside it.
         """
         past = self.options.past
         appearances, motions = [self.frame_vae.to_latents(first)] * past, [self.rest.expand(len(first), -1, -1, -1)]
-        motions, frames = motions * past, []
+        once, motions, frames = _Once(appearances[0]), motions * past, []
         for motion in motion_latents.unbind(1):
-            step = self.next_appearance(appearances, motions, motion)
+            step = self.next_appearance(appearances, motions, motion, once.warp)
+            once.added = once.added + step.residual
             appearances, motions = [*appearances[1:], step.appearance], [*motions[1:], motion]
             frames.append(self.frame_vae.to_frames(step.appearance))
         return torch.stack(frames, 1)
+
+
+class _Once:
+    """Warps what one latent has become, sampling the latent itself once."""
+
+    def __init__(self, first: Appearance) -> None:
+        self.first, self.added = first, torch.zeros_like(first)
+        self.chained = torch.zeros_like(first[:, :2])
+
+    def warp(self, present: Appearance, on_grid: Float[Tensor, "b 2 hz wz"]) -> Appearance:
+        """``present`` is ``warp(first, chained) + added``, one step on."""
+        self.chained, self.added = chain_flow(on_grid, self.chained), backward_warp(self.added, on_grid)
+        return backward_warp(self.first, self.chained) + self.added
 
 
 class MotionStream(nn.Module):
@@ -268,11 +293,9 @@ class AppearanceStream(nn.Module):
         self.head = ResidualHead(options.features, channels, options.features)
 
     def forward(
-        self, codes: Sequence[Tensor], present: Appearance, flow_bwd: Float[Tensor, "b 2 h w"]
+        self, codes: Sequence[Tensor], warped: Appearance, on_grid: Float[Tensor, "b 2 hz wz"]
     ) -> tuple[Appearance, Appearance]:
-        on_grid = resize_flow(flow_bwd, *present.shape[-2:])
-        warped = backward_warp(present, on_grid)
-        speed = torch.hypot(*on_grid.detach().split(1, dim=1))  # its gradient is not defined at rest
-        features = self.trunk(torch.cat([*codes, warped, on_grid, speed, coordinates(present)], dim=1))
+        """The next appearance and the residual in it; ``on_grid`` is the flow in cells by which ``warped`` came."""
+        features = self.trunk(torch.cat([*codes, warped, on_grid, speed(on_grid), coordinates(warped)], dim=1))
         residual = self.head(features, warped)
         return warped + residual, residual
