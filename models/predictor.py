@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -80,6 +81,14 @@ class Predictor(nn.Module, ABC):
         for name in self.borrowed:
             getattr(self, name).eval()
         return self
+
+    def freeze(self, names: Sequence[str]) -> None:
+        """Modules that keep their weights in training. Raises ValueError for a name that is no module of its own."""
+        own = [name for name, _ in self.named_children() if self._is_own(name)]
+        if unknown := [name for name in names if name not in own]:
+            raise ValueError(f"there is no module {', '.join(unknown)} to freeze; there are: {', '.join(own)}")
+        for name in names:
+            self.get_submodule(name).requires_grad_(False)
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """Trainable parameters by name, without those of borrowed modules."""

@@ -191,10 +191,18 @@ class PredictorBlock(Trainable):
     """The file of models/predictors/ (several blocks may use one)."""
     pretrained: str | None = None
     """A checkpoint folder of the same model whose weights the training starts from; relative to the checkout."""
+    frozen: list[str] = []
+    """Modules of the model, by name, that keep their pretrained weights."""
     adaptation: dict[str, Any] | None = None
     """Test-time training of the flow head before each window (steps, learning_rate): measured too, beside without."""
     horizon: Annotated[int, Field(ge=1)] = 4
     """Predicted frames in the training loss, at most; the clip adds evaluate.context before them."""
+
+    @model_validator(mode="after")
+    def _check(self) -> PredictorBlock:
+        if self.frozen and self.pretrained is None:
+            raise ValueError(f"frozen is {self.frozen} and pretrained is absent: random weights would never be trained")
+        return self
 
 
 class Evaluate(Section):

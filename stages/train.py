@@ -65,6 +65,12 @@ def run(job: Job) -> None:
     weights = "".join(digest(vae) for vae in vaes.values())
     if block.pretrained is not None:
         weights += load_pretrained(Path(block.pretrained), predictor, name=block.model, vaes=vaes).weights_digest
+    try:
+        predictor.freeze(block.frozen)
+    except ValueError as error:
+        raise ParamsError(
+            f"predictors.{job.key}.frozen: {error}", remedy="choose among them, or leave it out"
+        ) from error
     if rank():
         torch.manual_seed(block.seed + rank())  # noise of its own; the weights came from the common seed
     source = clip_source(job, predictor) if predictor.needs else None

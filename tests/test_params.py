@@ -60,6 +60,7 @@ def test_the_committed_file_is_valid(root: Path) -> None:
         ("evaluate.split", "validation", r"evaluate\.split is validation.*\['test', 'train'\]"),
         ("acquire.source", "local", r"acquire\.root is empty"),
         ("acquire.videos", "official", r"acquire\.videos is official"),
+        ("predictors.latent_warp.frozen", ["trunk"], r"frozen is \['trunk'\] and pretrained is absent"),
         ("predictors.latent_warp.horizon", 61, r"predictors\.latent_warp\.horizon 61 is more than the 64"),
     ],
 )

@@ -20,7 +20,7 @@ from models.checkpoint import load_predictor, save_checkpoint
 from models.image_encoder import SmallViT, TorchvisionViT, build_pretrained, build_tokens, positions
 from models.predictor import Predictor, build
 from models.predictors.pixel_warp_lstm import PixelWarpLSTM, _median
-from models.training import autocast
+from models.training import TrainingOptions, autocast, train
 from models.warp import advect_flow, backward_warp, resize_flow
 from tests.test_predictors import CONTEXT, HEIGHT, HORIZON, SMALL, WIDTH, observed, scene, shaken
 
@@ -169,6 +169,21 @@ def test_unlabelled_windows_do_not_train_boxes_and_collisions() -> None:
     for head in (predictor.detection_head, predictor.collision_head):
         assert all(p.grad is not None and p.grad.abs().sum() == 0 for p in head.parameters())
     assert predictor(clip)[1]["boxes"] > 0
+
+
+def test_frozen_modules_keep_their_weights_and_let_gradients_pass() -> None:
+    predictor = moved()
+    predictor.freeze(["tokens", "lstm"])
+    own = predictor.own_parameters()
+    assert own
+    assert not any(name.startswith(("tokens.", "lstm.")) for name in own)
+    before = {name: value.clone() for name, value in predictor.own_state().items()}
+    options = TrainingOptions(steps=2, warmup=0, precision="float32", ema=0.0)
+    train(predictor, iter([scene()] * 2), options)
+    changed = {name for name, value in predictor.own_state().items() if not torch.equal(value, before[name])}
+    assert changed == set(own)
+    with pytest.raises(ValueError, match="no module token to freeze; there are: tokens, lstm"):
+        moved().freeze(["token"])
 
 
 def test_boxes_and_collisions_are_those_of_the_frame_that_comes_next() -> None:

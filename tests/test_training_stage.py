@@ -138,6 +138,9 @@ def test_training_starts_from_given_weights(workspace: Workspace, whole: Path) -
     trained(workspace, "moving", {**BLOCK, "training": {"steps": 2}})
     trained(workspace, "same", block)
     assert workspace.last_run("train@same")["built"] == 1
+    workspace.set("predictors.same", {**block, "frozen": ["nets"]})
+    said = workspace.module("stages.train", "same", ok=False)
+    assert "predictors.same.frozen: there is no module nets to freeze; there are: net" in said
     block["pretrained"] = "artifacts/train/nowhere"
     workspace.set("predictors.same", block)
     said = workspace.module("stages.train", "same", ok=False)
