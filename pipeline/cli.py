@@ -15,7 +15,7 @@ from rich.table import Table
 
 from pipeline import profiles, upkeep
 from pipeline.adoption import SAMPLE
-from pipeline.dag import stale_deps, write_deps
+from pipeline.code_deps import stale_deps, write_deps
 from pipeline.errors import PipelineError, WorkspaceError
 from pipeline.executors import PART, part_of
 from pipeline.params import reference
@@ -71,6 +71,9 @@ def parser() -> argparse.ArgumentParser:
     profile = commands.add_parser("profile", help="merge profiles/NAME.yaml into params.yaml (no NAME: list them)")
     profile.add_argument("name", nargs="?")
     profile.set_defaults(run=_profile)
+    plan = commands.add_parser("plan", help="what `dvc repro` would do to every stage, why, and how long it may take")
+    plan.add_argument("--json", action="store_true", help="for programs")
+    plan.set_defaults(run=_plan)
     results = commands.add_parser("results", help="print the table of the last report and where the page is")
     results.set_defaults(run=_results)
     params = commands.add_parser("params", help="list every key of params.yaml with its type, default and meaning")
@@ -124,6 +127,17 @@ def _profile(arguments: argparse.Namespace) -> int:
     changes = profiles.apply(_root(), arguments.name)
     print("\n".join(changes) if changes else "params.yaml already says so")
     print("now run `dvc repro`; `git checkout params.yaml` is the way back")
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from pipeline import plan  # DVC takes half a second to load
+
+    rows = plan.rows(_root())
+    if arguments.json:
+        print(plan.as_json(rows))
+    else:
+        _console().print(plan.as_table(rows))
     return 0
 
 

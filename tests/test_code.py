@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.code import closure, code_digest
-from pipeline.dag import stale_deps, write_deps
+from pipeline.code_deps import stale_deps, write_deps
 
 
 @pytest.fixture
