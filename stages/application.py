@@ -35,7 +35,7 @@ from pipeline.devices import device
 from pipeline.errors import PipelineError
 from pipeline.stage import ARTIFACTS
 from stages.gallery import LEAST_SCALE_PX
-from stages.train import load_vaes
+from stages.trained import load_vaes
 
 OUT = ARTIFACTS / "apply"
 MOMENTS = 5

@@ -28,7 +28,7 @@ from pipeline.params import check_options
 from pipeline.progress import Tick
 from pipeline.stage import ARTIFACTS, Job, run_stage
 from stages.folder import build_folder
-from stages.train import load_vaes
+from stages.trained import load_vaes
 
 TIMINGS = "timings.json"
 LABELS = ("boxes", "presence", "collision")

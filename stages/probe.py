@@ -45,7 +45,7 @@ from pipeline.devices import device
 from pipeline.errors import PipelineError
 from pipeline.stage import ARTIFACTS
 from stages.application import OUT, load_two_stream, positive
-from stages.train import load_vaes
+from stages.trained import load_vaes
 
 HORIZON = 12
 MOST_CELLS = 20000

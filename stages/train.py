@@ -17,7 +17,6 @@ from data.catalog import Catalog
 from data.clips import ClipSource
 from data.manifest import write_json
 from data.store import Store
-from models.autoencoder import Vaes, load_vae
 from models.checkpoint import digest, load_pretrained, save_checkpoint
 from models.predictor import Predictor, build, find
 from models.training import TrainingOptions, TrainResult, train
@@ -32,6 +31,7 @@ from pipeline.ranks import process_group, rank, world_size
 from pipeline.shards import kept_state
 from pipeline.stage import ARTIFACTS, Job, run_stage
 from stages.folder import build_folder
+from stages.trained import load_vaes
 
 STORES = {
     "frames": ARTIFACTS / "decode",
@@ -130,11 +130,6 @@ def fit(
         result = train(predictor, clips, training, device=job.device, progress=progress, keeping=keeping)
     job.facts |= {"steps": result.steps, "resumed_at": done, "train_seconds": round(result.seconds, 2)}
     return result
-
-
-def load_vaes(kind: type[Predictor]) -> Vaes:
-    """The autoencoders that predictors of this class need, from their stages."""
-    return {key: load_vae(ARTIFACTS / "vae" / key) for key in sorted(kind.needs_vaes)}
 
 
 def clip_source(job: Job, predictor: Predictor) -> ClipSource:
