@@ -31,7 +31,7 @@ SURE = 0.3
 LARGEST_LOG_SIZE = 6.0
 # The probability of a centre, and of a contact, at which their heat says one half (see `heat_error`): with 0.5 the best
 # threshold for boxes was 0.2 and for collisions 0.15 (docs/log.md).
-CENTRE_HALF_AT, CONTACT_HALF_AT = 0.1, 0.03
+CENTRE_HALF_AT, CONTACT_HALF_AT = 0.1, 0.02
 BESIDE = 0.5
 """The heat of a collision in the frames before and after: hardly a mistake there, since its exact frame is chance."""
 
