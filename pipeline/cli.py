@@ -74,6 +74,10 @@ def parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="what `dvc repro` would do to every stage, why, and how long it may take")
     plan.add_argument("--json", action="store_true", help="for programs")
     plan.set_defaults(run=_plan)
+    run = commands.add_parser("run", help="what `dvc repro` does, independent stages side by side")
+    run.add_argument("--jobs", type=int, help="stages at once (default: one per GPU, else one per two cores)")
+    run.add_argument("--prefect", action="store_true", help="as a Prefect flow; so it is where PREFECT_API_URL is set")
+    run.set_defaults(run=_run)
     results = commands.add_parser("results", help="print the table of the last report and where the page is")
     results.set_defaults(run=_results)
     params = commands.add_parser("params", help="list every key of params.yaml with its type, default and meaning")
@@ -139,6 +143,16 @@ def _plan(arguments: argparse.Namespace) -> int:
     else:
         _console().print(plan.as_table(rows))
     return 0
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from pipeline import running
+
+    root = _root()
+    if arguments.jobs is not None and arguments.jobs < 1:
+        raise WorkspaceError(f"--jobs is {arguments.jobs}", remedy="use a number from 1 on")
+    prefect = arguments.prefect or bool(os.environ.get("PREFECT_API_URL"))
+    return running.run(root, jobs=arguments.jobs, prefect=prefect, console=_console())
 
 
 def _params(_: argparse.Namespace) -> int:

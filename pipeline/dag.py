@@ -52,6 +52,9 @@ class Foreseen:
     code: tuple[str, ...]
     """Files of ours that it depends on."""
     gpus: int
+    """Devices it computes on, from ``meta`` in dvc.yaml."""
+    limit_seconds: float | None
+    """How long it may take, likewise."""
 
     @property
     def certain(self) -> bool:
@@ -59,10 +62,10 @@ class Foreseen:
         return self.state != "open" or any(reason.kind != "upstream" for reason in self.reasons)
 
 
-def foresee(root: Path, finished: Callable[[str, Sequence[str]], bool]) -> list[Foreseen]:
+def foresee(root: Path, finished: Callable[[str], bool]) -> list[Foreseen]:
     """Every stage, in the order in which `dvc repro` goes through them.
 
-    ``finished(title, code)`` says whether a stage of which nothing but code has changed would compute nothing, since
+    ``finished(title)`` says whether a stage of which nothing but code has changed would compute nothing, since
     that change means nothing (comments) and all it has built is at hand.
 
     Raises:
@@ -83,7 +86,7 @@ def foresee(root: Path, finished: Callable[[str, Sequence[str]], bool]) -> list[
 class _Walk:
     """The walk: what is known of the outputs that will be other ones."""
 
-    def __init__(self, repo: Repo, graph: Any, finished: Callable[[str, Sequence[str]], bool]) -> None:
+    def __init__(self, repo: Repo, graph: Any, finished: Callable[[str], bool]) -> None:
         self.repo, self.graph, self.finished = repo, graph, finished
         self.outs: dict[str, tuple[str, HashInfo | None]] = {}
         """Path of an output that will be written -> by which stage, and its digest, None where nobody knows it."""
@@ -114,8 +117,10 @@ class _Walk:
         reasons += [Reason("upstream", maker) for maker in dict.fromkeys(awaited)]
         files = [dep.def_path for dep in stage.deps if dep.def_path.split("/")[0] in RESULT_PACKAGES]
         before = tuple(sorted(s.addressing for s in self.graph.successors(stage)))
-        gpus = int((stage.meta or {}).get("gpus", 0))
-        return Foreseen(stage.addressing, state, tuple(reasons), before, tuple(files), gpus)
+        meta = stage.meta or {}
+        limit = float(meta["limit_seconds"]) if "limit_seconds" in meta else None
+        gpus = int(meta.get("gpus", 0))
+        return Foreseen(stage.addressing, state, tuple(reasons), before, tuple(files), gpus, limit)
 
     def _state(
         self, stage: Any, reasons: list[Reason], awaited: list[str], hashes: Mapping[Any, HashInfo | None]
@@ -136,8 +141,7 @@ class _Walk:
         return state
 
     def _only_linked(self, stage: Any, reasons: list[Reason]) -> bool:
-        changed = [reason.what for reason in reasons]
-        return all(reason.kind == "code" for reason in reasons) and self.finished(stage.addressing, changed)
+        return all(reason.kind == "code" for reason in reasons) and self.finished(stage.addressing)
 
     def _coming(self, dep: Any) -> tuple[list[str], HashInfo | None]:
         """Who will have written the dependency by then, and its digest at that time; None where nobody knows."""

@@ -50,7 +50,12 @@ def rows(root: Path) -> list[Row]:
         WorkspaceError: DVC cannot read the pipeline.
     """
     runs = read_runs()
-    return [_row(root, stage, runs.get(stage.title, {})) for stage in foresee(root, lambda t, code: _finished(root, t))]
+    return [_row(root, stage, runs.get(stage.title, {})) for stage in foreseen(root)]
+
+
+def foreseen(root: Path) -> list[Foreseen]:
+    """`pipeline.dag.foresee` for the checkout ``root``, which is the current folder."""
+    return foresee(root, lambda title: _finished(root, title))
 
 
 def _row(root: Path, stage: Foreseen, run: dict[str, float]) -> Row:

@@ -1,12 +1,14 @@
 """A stage of the real graph that computes nothing: what it writes says what it was made of.
 
-Half of the parameters do not matter, as rounding or a limit that is not reached would have it.
+Half of the parameters do not matter, as rounding or a limit that is not reached would have it. ``STUB_SECONDS`` makes
+it last, and it fails with exit code 4 where the file ``fail-TITLE`` is.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -16,6 +18,7 @@ from ruamel.yaml import YAML
 
 from pipeline.code import closure, code_digest
 from pipeline.journal import Plan
+from pipeline.process import die_with_parent
 
 
 def main(name: str, key: str = "") -> None:
@@ -29,12 +32,15 @@ def main(name: str, key: str = "") -> None:
 
     entries = [f"stages/{name}.py", *(dep for dep in paths("deps") if dep.startswith("models/predictors/"))]
     code = code_digest(Path.cwd(), {file for entry in entries for file in closure(Path.cwd(), entry)})
+    title = f"{name}@{key}" if key else name
+    time.sleep(float(os.environ.get("STUB_SECONDS", "0")))
+    if Path(f"fail-{title}").exists():
+        print("a made-up error\n  what to do: remove the file")
+        raise SystemExit(4)
     values = {path: leaf for path, leaf in leaves(pick(params, paths("params"))) if len(path) % 2}
     made_of = {"code": code, "params": values, "deps": [tree(Path(dep)) for dep in paths("deps") if "artifacts" in dep]}
     digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:32]
-    Plan(f"{name}@{key}" if key else name, "videos", made_of, (), time.time()).save(
-        Path(".work") / (f"{name}@{key}" if key else name) / digest
-    )
+    Plan(title, "videos", made_of, (), time.time()).save(Path(".work") / title / digest)
     for out in [path for field in ("outs", "metrics", "plots") for path in paths(field)]:
         file = Path(out) if Path(out).suffix else Path(out) / "data.txt"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -63,4 +69,5 @@ def tree(path: Path) -> str:
 
 
 if __name__ == "__main__":
+    die_with_parent()
     main(*sys.argv[1:])

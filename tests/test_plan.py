@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from pipeline.dag import differences
-from tests.workspace import Workspace
+from tests.workspace import Workspace, stub_workspace
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 EDITS = int(os.environ.get("CLEVRCAST_PLAN_EDITS", "4"))
@@ -40,13 +40,7 @@ CODE = ["stages/decode.py", "data/files.py", "models/warp.py", "models/training.
 
 @pytest.fixture(scope="module")
 def workspace(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """The real graph, its stages replaced by stubs that take no time; run once."""
-    made = Workspace(root, tmp_path_factory.mktemp("plan"))
-    shutil.copy(root / "tests/stub_stage.py", made.folder)
-    graph = made.folder / "dvc.yaml"
-    graph.write_text(re.sub(r"python -m stages\.(\w+)", r"python stub_stage.py \1", graph.read_text()))
-    made.dvc("repro", "-q")
-    return made
+    return stub_workspace(root, tmp_path_factory.mktemp("plan"))
 
 
 def planned(workspace: Workspace) -> dict[str, dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -95,6 +96,17 @@ class Workspace:
 
     def last_run(self, title: str) -> dict[str, float]:
         return json.loads((self.folder / f".work/runs/{title}.json").read_text())
+
+
+def stub_workspace(root: Path, folder: Path) -> Workspace:
+    """The real graph of the tiny profile with stages that take no time, run once."""
+    made = Workspace(root, folder)
+    shutil.copy(root / "tests/stub_stage.py", folder)
+    graph = folder / "dvc.yaml"
+    graph.write_text(re.sub(r"python -m stages\.(\w+)", r"python stub_stage.py \1", graph.read_text()))
+    made.dvc("repro", "-q")
+    made.commit("run once")
+    return made
 
 
 def write_source(folder: Path, ids: Iterable[int]) -> Path:
