@@ -18,21 +18,19 @@ from safetensors import SafetensorError
 
 from data.errors import WeightsError
 from models.block_vae import BlockVAE
-from models.kl_vae import KLVAE
 from models.latent_vae import LatentVAE, Vaes, encode_windows
 from models.weights import refuse_misfits
 
-__all__ = ["KLVAE", "BlockVAE", "LatentVAE", "Vaes", "encode_windows", "load_vae"]
+__all__ = ["BlockVAE", "LatentVAE", "Vaes", "encode_windows", "load_vae"]
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
-KINDS: Mapping[str, type[LatentVAE]] = {"block": BlockVAE, "kl": KLVAE}
-"""Architecture -> class."""
 INPUTS: Mapping[str, Mapping[str, Any]] = {
     "frame": {"in_channels": 3, "shift": 0.5, "scale": 0.5},
     "flow": {"in_channels": 2, "shift": 0.0, "scale": 8.0},
 }
 """What a VAE of this key encodes: channels, and units of the networks as ``(x - shift) / scale``."""
-_CLASSES: Mapping[str, type[LatentVAE]] = {"BlockVAE": BlockVAE, "KLVAE": KLVAE, "AutoencoderKL": KLVAE}
+_ARCHITECTURES = {"BlockVAE": "block", "KLVAE": "kl", "AutoencoderKL": "kl"}
+"""Class, as a folder names it -> architecture."""
 _STATISTICS = {"latent_mean", "latent_std", "latent_gain"}
 
 
@@ -64,9 +62,17 @@ class KLOptions(BaseModel):
 OPTIONS: Mapping[str, type[BlockOptions | KLOptions]] = {"block": BlockOptions, "kl": KLOptions}
 
 
+def _class(architecture: str) -> type[LatentVAE]:
+    if architecture == "block":
+        return BlockVAE
+    from models.kl_vae import KLVAE  # half of diffusers comes with it: seconds that only its users should wait
+
+    return KLVAE
+
+
 def build_vae(architecture: str, key: str, options: BaseModel) -> LatentVAE:
     """An untrained VAE for ``key``, with weights by torch's global generator. Raises ValueError where options clash."""
-    return KINDS[architecture](**options.model_dump(), **INPUTS[key])
+    return _class(architecture)(**options.model_dump(), **INPUTS[key])
 
 
 def load_vae(folder: Path) -> LatentVAE:
@@ -89,9 +95,9 @@ def read_vae(folder: Path) -> tuple[LatentVAE, bool]:
     if it is damaged, or naming what of its weights does not fit.
     """
     name = str(_read_config(folder).get("_class_name"))
-    if name not in _CLASSES:
+    if name not in _ARCHITECTURES:
         raise WeightsError(
-            f"{folder / CONFIG} says _class_name {name!r}, known are {', '.join(_CLASSES)}",
+            f"{folder / CONFIG} says _class_name {name!r}, known are {', '.join(_ARCHITECTURES)}",
             remedy="give the folder of an autoencoder (of a whole pipeline, its subfolder vae)",
         )
     if not (folder / WEIGHTS).is_file():
@@ -100,7 +106,7 @@ def read_vae(folder: Path) -> tuple[LatentVAE, bool]:
     loud = logging.get_verbosity()
     logging.set_verbosity_error()  # it would call for training where only our statistics are missing
     try:
-        loaded: Any = _CLASSES[name].from_pretrained(
+        loaded: Any = _class(_ARCHITECTURES[name]).from_pretrained(
             str(folder),
             low_cpu_mem_usage=False,
             use_safetensors=True,
@@ -122,7 +128,7 @@ def read_vae(folder: Path) -> tuple[LatentVAE, bool]:
 def read_pretrained(folder: Path, architecture: str, key: str, options: BaseModel) -> tuple[LatentVAE, bool]:
     """As `read_vae`, of this architecture and for this key, and with every option that is set. Else WeightsError."""
     vae, calibrated = read_vae(folder)
-    kind = next(name for name, known in KINDS.items() if type(vae) is known)
+    kind = "block" if type(vae) is BlockVAE else "kl"
     wanted = {"architecture": architecture, **options.model_dump(mode="json", exclude_unset=True), **INPUTS[key]}
     found = {**vae.config, "architecture": kind}
     wrong = [f"{name} is {_plain(found[name])} instead of {value}" for name, value in wanted.items()

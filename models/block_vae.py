@@ -12,14 +12,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
-from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from models.blocks import ResidualBlock, zero_conv
-from models.latent_vae import LatentVAE
+from models.latent_vae import Decoded, Encoded, LatentVAE, Posterior
 
 # Posterior standard deviation at the start, in units of the latents' own: exp(-5) = 0.7 %.
 LOGVAR_AT_START = -10.0
@@ -60,17 +58,17 @@ class BlockVAE(LatentVAE):
         start = torch.eye(patch)[:latent_channels]
         self._set_basis(start, torch.zeros(patch))
 
-    def encode(self, x: Float[Tensor, "b c h w"]) -> AutoencoderKLOutput:
+    def encode(self, x: Float[Tensor, "b c h w"]) -> Encoded:
         self.check_grid(x)
         patches = F.pixel_unshuffle((x - self.shift) / self.scale, self.stride)
         linear = _in_float32(self.analysis, patches)
         mean, logvar = self.encoder(patches).float().chunk(2, dim=1)
         moments = torch.cat([linear + mean, logvar + LOGVAR_AT_START], dim=1)
-        return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(moments))  # pyright: ignore[reportArgumentType]
+        return Encoded(Posterior(moments))
 
-    def decode(self, z: Float[Tensor, "b z hz wz"]) -> DecoderOutput:
+    def decode(self, z: Float[Tensor, "b z hz wz"]) -> Decoded:
         patches = _in_float32(self.synthesis, z) + self.decoder(z).float()
-        return DecoderOutput(sample=F.pixel_shuffle(patches, self.stride) * self.scale + self.shift)
+        return Decoded(F.pixel_shuffle(patches, self.stride) * self.scale + self.shift)
 
     @torch.no_grad()
     def fit_basis(self, x: Float[Tensor, "b c h w"]) -> None:

@@ -6,12 +6,10 @@ from collections.abc import Sequence
 
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
-from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from jaxtyping import Float
 from torch import Tensor
 
-from models.latent_vae import LatentVAE
+from models.latent_vae import Decoded, Encoded, LatentVAE, Posterior
 
 
 class KLVAE(LatentVAE, AutoencoderKL):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -78,12 +76,11 @@ class KLVAE(LatentVAE, AutoencoderKL):  # pyright: ignore[reportIncompatibleMeth
         self.latent_channels = latent_channels
         self._register_statistics()
 
-    def encode(self, x: Float[Tensor, "b c h w"]) -> AutoencoderKLOutput:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def encode(self, x: Float[Tensor, "b c h w"]) -> Encoded:  # pyright: ignore[reportIncompatibleMethodOverride]
         self.check_grid(x)
         (posterior,) = AutoencoderKL.encode(self, (x - self.shift) / self.scale, return_dict=False)
-        in_float32 = DiagonalGaussianDistribution(posterior.parameters.float())
-        return AutoencoderKLOutput(latent_dist=in_float32)  # pyright: ignore[reportArgumentType]
+        return Encoded(Posterior(posterior.parameters.float()))
 
-    def decode(self, z: Float[Tensor, "b z hz wz"]) -> DecoderOutput:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def decode(self, z: Float[Tensor, "b z hz wz"]) -> Decoded:  # pyright: ignore[reportIncompatibleMethodOverride]
         (sample,) = AutoencoderKL.decode(self, z, return_dict=False)  # pyright: ignore[reportArgumentType]
-        return DecoderOutput(sample=sample.float() * self.scale + self.shift)
+        return Decoded(sample.float() * self.scale + self.shift)

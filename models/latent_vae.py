@@ -1,23 +1,49 @@
 """What every autoencoder of single images offers, whatever its networks.
 
-The words are those of diffusers (``encode(x).latent_dist``, ``decode(z).sample``, ``save_pretrained``); scaling of
-the input and the statistics of the latents travel with the weights.
+The words are those of diffusers (``encode(x).latent_dist``, ``decode(z).sample``, ``save_pretrained``), but its records
+are not: half of diffusers is loaded with these, which takes longer than many a stage. Scaling of the input and the
+statistics of the latents travel with the weights.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
-from diffusers.models.autoencoders.vae import DecoderOutput
-from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
 from jaxtyping import Float
 from torch import Tensor
 
 from data.errors import EmptyError, NonFiniteError
+
+
+class Posterior:
+    """A normal distribution of latents, independent in every value; ``parameters`` are means, then log variances.
+
+    Log variances are kept within [-30, 20], as diffusers does.
+    """
+
+    def __init__(self, parameters: Float[Tensor, "b z2 hz wz"]) -> None:
+        self.mean, logvar = parameters.chunk(2, dim=1)
+        self.logvar = logvar.clamp(-30, 20)
+        self.std = (self.logvar / 2).exp()
+
+    def kl(self) -> Float[Tensor, " b"]:
+        """Divergence from the standard normal distribution, summed over the values of each image (nats)."""
+        return (self.mean.square() + self.logvar.exp() - 1 - self.logvar).sum((1, 2, 3)) / 2
+
+
+@dataclass(frozen=True)
+class Encoded:
+    latent_dist: Posterior
+
+
+@dataclass(frozen=True)
+class Decoded:
+    sample: Float[Tensor, "b c h w"]
 
 
 class LatentVAE(ModelMixin, ConfigMixin):
@@ -48,18 +74,18 @@ class LatentVAE(ModelMixin, ConfigMixin):
             raise ValueError(f"height {h} and width {w} must be divisible by the stride {self.stride}")
 
     @abstractmethod
-    def encode(self, x: Float[Tensor, "b c h w"]) -> AutoencoderKLOutput:
+    def encode(self, x: Float[Tensor, "b c h w"]) -> Encoded:
         """The posterior of the latents, ``.latent_dist``, for images in the units of the input. Raises ValueError
         if height or width is not divisible by the stride."""
 
     @abstractmethod
-    def decode(self, z: Float[Tensor, "b z hz wz"]) -> DecoderOutput:
+    def decode(self, z: Float[Tensor, "b z hz wz"]) -> Decoded:
         """``.sample``: images (b, c, h, w) in the units of the input, not clamped. ``z`` is not normalised."""
 
     def fit_basis(self, x: Float[Tensor, "b c h w"]) -> None:
         """Start from the images ``x`` as far as the architecture can do so without gradients; nothing by default."""
 
-    def forward(self, x: Float[Tensor, "b c h w"]) -> DecoderOutput:
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Decoded:
         """Reconstruction from the posterior mean."""
         return self.decode(self.encode(x).latent_dist.mean)
 

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 from data.errors import EmptyError, WeightsError
 from models.autoencoder import (
-    KLVAE,
     WEIGHTS,
     BlockOptions,
     BlockVAE,
@@ -24,6 +23,7 @@ from models.autoencoder import (
     read_vae,
 )
 from models.checkpoint import digest
+from models.kl_vae import KLVAE
 from models.reconstruction import psnr
 
 

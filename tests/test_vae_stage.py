@@ -16,8 +16,9 @@ from data.catalog import Catalog, Video
 from data.clips import ClipSource
 from data.errors import WeightsError
 from data.store import ArraySpec, ShardPlace, Store, assemble, pack_flow, write_shard
-from models.autoencoder import KLVAE, WEIGHTS, encode_windows, load_vae
+from models.autoencoder import WEIGHTS, encode_windows, load_vae
 from models.checkpoint import digest
+from models.kl_vae import KLVAE
 from pipeline.errors import ParamsError
 from pipeline.params import parse_params, read_yaml
 from pipeline.stage import Job
