@@ -31,7 +31,8 @@ from pipeline.stage import WORK
 from pipeline.upkeep import newest
 
 DEVICES = "CLEVRCAST_GPUS"
-"""Devices that stages with ``meta: gpus`` may lease, as in ``cuda:0,cuda:1``; else every CUDA device."""
+"""Devices that stages with ``meta: gpus`` may lease, as in ``cuda:0,cuda:1``; else every CUDA device, unless
+``CLEVRCAST_DEVICE`` names one for everything."""
 TRIES = 3
 LAST_LINES = 15
 LOOK_SECONDS = 1.0
@@ -43,6 +44,8 @@ def leasable() -> list[str]:
     """The devices of this machine that stages share. None on a machine without GPUs."""
     if (named := os.environ.get(DEVICES)) is not None:
         return [name for name in named.split(",") if name]
+    if os.environ.get(DEVICE):
+        return []  # one for everything, as it was asked for
     import torch  # imported late: the command line answers without waiting for it
 
     return [f"cuda:{index}" for index in range(torch.cuda.device_count())]
