@@ -17,7 +17,7 @@ from data.manifest import write_json
 from data.resize import resize_field, resize_flow
 from data.store import Store
 from models.adaptation import Adaptable, AdaptationOptions, Adapted
-from models.checkpoint import digest, load_predictor
+from models.checkpoint import digest, load_predictor, read_meta
 from models.evaluation import Evaluation, Window, evaluate
 from models.perceptual import Perceptual, load_lpips
 from models.predictor import Predictor, find
@@ -41,7 +41,8 @@ def run(job: Job) -> None:
     windows = Windows(job)
     _, kind = find(block.model)
     vaes = load_vaes(kind)
-    predictor = load_predictor(ARTIFACTS / "train" / job.key, vaes=vaes)
+    trained = ARTIFACTS / "train" / job.key
+    predictor = load_predictor(trained, vaes=vaes)
     perceptual = perceptual_of(job)
     adapted = None
     if block.adaptation is not None:
@@ -73,8 +74,15 @@ def run(job: Job) -> None:
     networks = [predictor, *vaes.values(), *([perceptual] if perceptual is not None else [])]
     decode = job.params.decode
     fingerprint = job.fingerprint(
-        # The name of a file does not matter: what it holds is among the weights.
-        [evaluation.model_copy(update={"lpips": None}), decode.resolution, decode.stride, block.adaptation],
+        # The name of a file does not matter: what it holds is among the weights. Options change rollouts of the same
+        # weights (how often a diffusion samples).
+        [
+            evaluation.model_copy(update={"lpips": None}),
+            decode.resolution,
+            decode.stride,
+            block.adaptation,
+            read_meta(trained).options,
+        ],
         weights="".join(digest(network) for network in networks),
         modules=[f"models/predictors/{block.model}.py"],
     )

@@ -110,9 +110,11 @@ from models.predictor import Predictor, Rollout
 
 
 class Options(BaseModel):
-    """There is nothing to choose."""
+    """Of the rollout alone."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    brighter: float = 0.0
 
 
 class Fade(Predictor):
@@ -122,6 +124,7 @@ class Fade(Predictor):
 
     def __init__(self, options, *, vaes, height, width, context):
         super().__init__(height=height, width=width, context=context)
+        self.brighter = options.brighter
         self.rate = torch.nn.Parameter(torch.tensor(-2.0))
 
     def faded(self, last, k):
@@ -134,7 +137,7 @@ class Fade(Predictor):
         return loss, {"faded": loss.detach()}
 
     def rollout(self, context, horizon, generator):
-        frames = [self.faded(context.frames[:, -1], k + 1) for k in range(horizon)]
+        frames = [self.faded(context.frames[:, -1], k + 1) + self.brighter for k in range(horizon)]
         return Rollout(frames=torch.stack(frames, 1).clamp(0, 1))
 '''
 
@@ -152,6 +155,13 @@ def test_a_sixth_predictor_is_one_file_and_one_block(again: Workspace) -> None:
             copy(again.root / name, again.folder / name)
         said = again.module("pytest", "-q", "-k", "sixth and not learns", "tests/test_predictors.py")
         assert "passed" in said
+        # The same weights roll out otherwise: they are evaluated again.
+        before = again.digests("evaluate/sixth")["metrics.json"]
+        again.set("predictors.sixth", block | {"options": {"brighter": 0.1}})
+        for stage in ("train", "evaluate"):
+            again.module(f"stages.{stage}", "sixth")
+        assert again.last_run("evaluate@sixth")["built"] == 1
+        assert again.digests("evaluate/sixth")["metrics.json"] != before
     finally:
         for name in ("models/predictors/sixth.py", "pyproject.toml"):
             (again.folder / name).unlink(missing_ok=True)
