@@ -2,8 +2,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
-# Two workers suit two cores; a file of tests stays on one of them.
-ARGS ?= -n 2 --dist loadfile
+# Two workers suit two cores; a file of tests stays on one of them, in the order of tests/conftest.py.
+ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 INSTALLED := $(VENV)/.installed
 
 .DELETE_ON_ERROR:

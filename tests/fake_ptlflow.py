@@ -12,7 +12,7 @@ from pathlib import Path
 VERSION = "0.4.fake"
 _PACKAGE = f'''
 import os, sys, time
-print("this must not land among the answers")
+print("this must not land among the answers", flush=True)
 if os.environ.get("FAKE_HANG"):
     time.sleep(120)
 __version__ = "{VERSION}"

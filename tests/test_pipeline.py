@@ -104,7 +104,7 @@ SIXTH = '''"""A sixth predictor: fades to the mean colour of the last frame, as 
 from __future__ import annotations
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from models.predictor import Predictor, Rollout
 
@@ -114,7 +114,7 @@ class Options(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    brighter: float = 0.0
+    brighter: float = Field(default=0.0, description="added to every prediction")
 
 
 class Fade(Predictor):

@@ -154,7 +154,7 @@ def test_a_lease_ends_with_its_holder(tmp_path: Path) -> None:
     with pytest.raises(InterruptedError), leased(["a", "b"], 1, stopped=stop.is_set, folder=tmp_path):
         pass
     holder.kill()
-    holder.wait()
+    holder.communicate()
     with leased(["a", "b"], 1, folder=tmp_path) as one, leased(["a", "b"], 5, folder=tmp_path / "other") as all_of_them:
         assert one == ("a",)
         assert all_of_them == ("a", "b")
