@@ -18,7 +18,7 @@ from pipeline.dag import differences
 from tests.workspace import Workspace, stub_workspace
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
-EDITS = int(os.environ.get("CLEVRCAST_PLAN_EDITS", "4"))
+EDITS = int(os.environ.get("CLEVRCAST_PLAN_EDITS", "2"))
 """How many random edits are planned and run; 200 take a quarter of an hour."""
 PARAMS: dict[str, list[Any]] = {
     "acquire.videos.train": ["0-2", "0-3", "0-4"],
