@@ -62,10 +62,10 @@ class Foreseen:
         return self.state != "open" or any(reason.kind != "upstream" for reason in self.reasons)
 
 
-def foresee(root: Path, finished: Callable[[str], bool]) -> list[Foreseen]:
+def foresee(root: Path, finished: Callable[[str, Sequence[str]], bool]) -> list[Foreseen]:
     """Every stage, in the order in which `dvc repro` goes through them.
 
-    ``finished(title)`` says whether a stage of which nothing but code has changed would compute nothing, since
+    ``finished(title, code)`` says whether a stage of which nothing but code has changed would compute nothing, since
     that change means nothing (comments) and all it has built is at hand.
 
     Raises:
@@ -86,7 +86,7 @@ def foresee(root: Path, finished: Callable[[str], bool]) -> list[Foreseen]:
 class _Walk:
     """The walk: what is known of the outputs that will be other ones."""
 
-    def __init__(self, repo: Repo, graph: Any, finished: Callable[[str], bool]) -> None:
+    def __init__(self, repo: Repo, graph: Any, finished: Callable[[str, Sequence[str]], bool]) -> None:
         self.repo, self.graph, self.finished = repo, graph, finished
         self.outs: dict[str, tuple[str, HashInfo | None]] = {}
         """Path of an output that will be written -> by which stage, and its digest, None where nobody knows it."""
@@ -115,12 +115,11 @@ class _Walk:
                 reasons.append(Reason("output", f"{out.def_path}: {status[str(out)]}"))
         state = self._state(stage, reasons, awaited, hashes)
         reasons += [Reason("upstream", maker) for maker in dict.fromkeys(awaited)]
-        files = [dep.def_path for dep in stage.deps if dep.def_path.split("/")[0] in RESULT_PACKAGES]
         before = tuple(sorted(s.addressing for s in self.graph.successors(stage)))
         meta = stage.meta or {}
         limit = float(meta["limit_seconds"]) if "limit_seconds" in meta else None
         gpus = int(meta.get("gpus", 0))
-        return Foreseen(stage.addressing, state, tuple(reasons), before, tuple(files), gpus, limit)
+        return Foreseen(stage.addressing, state, tuple(reasons), before, _code(stage), gpus, limit)
 
     def _state(
         self, stage: Any, reasons: list[Reason], awaited: list[str], hashes: Mapping[Any, HashInfo | None]
@@ -141,7 +140,7 @@ class _Walk:
         return state
 
     def _only_linked(self, stage: Any, reasons: list[Reason]) -> bool:
-        return all(reason.kind == "code" for reason in reasons) and self.finished(stage.addressing)
+        return all(reason.kind == "code" for reason in reasons) and self.finished(stage.addressing, _code(stage))
 
     def _coming(self, dep: Any) -> tuple[list[str], HashInfo | None]:
         """Who will have written the dependency by then, and its digest at that time; None where nobody knows."""
@@ -189,6 +188,11 @@ class _Walk:
             return None
         there = cache._create_stage(entry, wdir=stage.wdir)
         return {out.fs_path: out.hash_info for out in there.outs} if there.outs_cached() else None
+
+
+def _code(stage: Any) -> tuple[str, ...]:
+    """Files of ours that the stage depends on."""
+    return tuple(dep.def_path for dep in stage.deps if dep.def_path.split("/")[0] in RESULT_PACKAGES)
 
 
 def _newest(cache: Any, key: str) -> Any:

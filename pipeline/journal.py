@@ -138,6 +138,11 @@ def find(folder: Path, unit: Unit) -> Built | None:
     return read_record(place, unit)
 
 
+def missing(folder: Path, units: Iterable[Unit]) -> list[Unit]:
+    """Those of the units that are not finished in the folder of a fingerprint."""
+    return [unit for unit in units if find(folder, unit) is None]
+
+
 def read_record(place: Path, unit: Unit) -> Built | None:
     """What ``unit.json`` in ``place`` says, if every file that it names is still as it says."""
     try:

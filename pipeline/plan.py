@@ -8,17 +8,18 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.table import Table
 
 from pipeline.code import closure, code_digest
+from pipeline.code_deps import PREDICTORS
 from pipeline.dag import Foreseen, Reason, State, foresee
-from pipeline.journal import PLAN, Plan, find
+from pipeline.journal import PLAN, Plan, missing
 from pipeline.stage import WORK, read_runs
 from pipeline.upkeep import newest
 
-PREDICTORS = "models/predictors/"
 SHOWN: dict[State, str] = {
     "kept": "unchanged",
     "restored": "from the cache",
@@ -55,7 +56,7 @@ def rows(root: Path) -> list[Row]:
 
 def foreseen(root: Path) -> list[Foreseen]:
     """`pipeline.dag.foresee` for the checkout ``root``, which is the current folder."""
-    return foresee(root, lambda title: _finished(root, title))
+    return foresee(root, partial(_finished, root))
 
 
 def _row(root: Path, stage: Foreseen, run: dict[str, float]) -> Row:
@@ -66,7 +67,7 @@ def _row(root: Path, stage: Foreseen, run: dict[str, float]) -> Row:
     if stage.state in ("kept", "restored", "linked"):
         left, seconds = 0, 0.0
     elif plan and folder and units and _goes_on(root, folder, stage):
-        left = sum(find(folder, unit) is None for unit in plan.units)
+        left = len(missing(folder, plan.units))
         seconds = None if seconds is None else seconds * left / units
     return Row(stage.title, stage.state, stage.reasons, units, left, seconds, stage.certain)
 
@@ -84,25 +85,15 @@ def _goes_on(root: Path, folder: Path, stage: Foreseen) -> bool:
     )
 
 
-def _finished(root: Path, title: str) -> bool:
+def _finished(root: Path, title: str, code: Sequence[str]) -> bool:
     """Whether the stage's last run had code of the same meaning, and everything that it built is at hand."""
     folder = newest(WORK, title)
     if folder is None:
         return False
     plan = Plan.load(folder)
-    files = {file for entry in _entries(root, title) for file in closure(root, entry)}
-    same = plan.made_of.get("code") == code_digest(root, files)
-    return same and all(find(folder, unit) is not None for unit in plan.units)
-
-
-def _entries(root: Path, title: str) -> list[str]:
-    name, _, key = title.partition("@")
-    entries = [f"stages/{name}.py"]
-    if name in ("train", "evaluate"):
-        from pipeline.params import load_params
-
-        entries.append(f"{PREDICTORS}{load_params(root / 'params.yaml').predictors[key].model}.py")
-    return entries
+    entries = [f"stages/{title.partition('@')[0]}.py", *(file for file in code if Path(file).parent == PREDICTORS)]
+    files = {file for entry in entries for file in closure(root, entry)}
+    return plan.made_of.get("code") == code_digest(root, files) and not missing(folder, plan.units)
 
 
 def as_table(plan: Sequence[Row]) -> Table:

@@ -16,11 +16,17 @@ from typing import Final
 STARTED_BY: Final = os.getppid()
 
 
+def killed_with_starter() -> None:
+    """On Linux, have the kernel kill this process when the thread that started it ends; elsewhere nothing."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
 def die_with_parent() -> None:
     """Ask Linux to kill this process when its parent ends; elsewhere there is no such thing and nothing is done."""
     if sys.platform != "linux":
         return
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    killed_with_starter()
     if os.getppid() != STARTED_BY:  # it ended before the request
         os.kill(os.getpid(), signal.SIGKILL)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import signal
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.errors import BusyError
+from pipeline.process import killed_with_starter
 
 LOGS = Path(".work/logs")
 RETRIED = {BusyError.exit_code, -signal.SIGKILL, 128 + signal.SIGKILL}
@@ -67,23 +67,20 @@ def reproduce(
             stdin=subprocess.DEVNULL,
             env={**os.environ, **(environment or {})},
             start_new_session=True,
-            preexec_fn=_end_with_thread,
+            preexec_fn=killed_with_starter,  # the starting thread waits for it
         )
         ended: What | None = None
         try:
-            while process.poll() is None:
+            while ended is None and process.poll() is None:
                 if stopped():
                     ended = "stopped"
                 elif limit_seconds is not None and time.monotonic() - began > limit_seconds:
                     ended = "late"
-                if ended:
-                    break
-                time.sleep(PATIENCE)
-        except BaseException:
-            _end(process)
-            raise
-        if ended:
-            _end(process)
+                else:
+                    time.sleep(PATIENCE)
+        finally:
+            if process.poll() is None:
+                _end(process)
     seconds = time.monotonic() - began
     if ended:
         return Outcome(title, ended, seconds, log=log)
@@ -110,9 +107,3 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         except (ProcessLookupError, subprocess.TimeoutExpired):
             continue
     process.wait()
-
-
-def _end_with_thread() -> None:
-    """In the new process: be killed when the thread that started it ends (Linux). It waits for the process anyway."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)

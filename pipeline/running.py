@@ -23,7 +23,7 @@ from rich.table import Table
 from pipeline.dag import Foreseen
 from pipeline.devices import DEVICE
 from pipeline.errors import PipelineError
-from pipeline.journal import Plan, find
+from pipeline.journal import Plan, missing
 from pipeline.leases import leased
 from pipeline.plan import foreseen
 from pipeline.reproduce import RETRIED, Outcome, reproduce
@@ -83,7 +83,7 @@ def units(title: str) -> str:
     if folder is None:
         return ""
     plan = Plan.load(folder)
-    return f"{sum(find(folder, unit) is not None for unit in plan.units)} of {len(plan.units)}"
+    return f"{len(plan.units) - len(missing(folder, plan.units))} of {len(plan.units)}"
 
 
 def stage_work(board: Board, devices: Sequence[str], *, jobs: int, stopped: Callable[[], bool]) -> Work:
@@ -105,15 +105,16 @@ def stage_work(board: Board, devices: Sequence[str], *, jobs: int, stopped: Call
         environment = {DEVICE: held[0]} if held else {}
         board.running[stage.title] = ", ".join(held)
         try:
-            for left in reversed(range(TRIES)):
+            outcome = Outcome(stage.title, "stopped")
+            for _ in range(TRIES):
                 if stopped():
                     return Outcome(stage.title, "stopped")
                 outcome = reproduce(
                     stage.title, environment=environment, limit_seconds=stage.limit_seconds, stopped=stopped
                 )
-                if outcome.exit_code not in RETRIED or not left:
-                    return outcome
-            raise AssertionError("the last attempt returns")
+                if outcome.exit_code not in RETRIED:
+                    break
+            return outcome
         finally:
             del board.running[stage.title]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from pipeline.errors import BusyError, disk_full
-from pipeline.journal import RETRY, BadItem, Built, Unit, find, lease, read_record, unit_files, write_record
+from pipeline.journal import RETRY, BadItem, Built, Unit, find, lease, missing, read_record, unit_files, write_record
 from pipeline.progress import Tick, progress
 
 Make = Callable[[Unit, Path, Tick], Sequence[BadItem]]
@@ -105,9 +105,9 @@ def build_free_units(folder: Path, units: Sequence[Unit], make: Make) -> int:
     """
     folder.mkdir(parents=True, exist_ok=True)
     made = 0
-    while missing := [unit for unit in units if find(folder, unit) is None]:
+    while absent := missing(folder, units):
         before = made
-        for unit in missing:
+        for unit in absent:
             if find(folder, unit) is None:
                 with suppress(BusyError):
                     made += not _make(folder, unit, make, lambda advance=1, note="": None).reused

@@ -21,7 +21,7 @@ from pipeline.code import closure, code_digest
 from pipeline.devices import devices
 from pipeline.errors import PipelineError, WorkspaceError, disk_full
 from pipeline.executors import Call, crew_for, helped_fingerprint, is_part, part_of, single_thread
-from pipeline.journal import BadItem, Built, Plan, Unit, digest_of, find, lease
+from pipeline.journal import BadItem, Built, Plan, Unit, digest_of, lease, missing
 from pipeline.params import Params, load_params
 from pipeline.process import die_with_parent
 from pipeline.ranks import launched, own_devices, rank
@@ -151,24 +151,24 @@ class Job:
         computes: bool,
         before: Callable[[Sequence[Unit]], None],
     ) -> list[Built]:
-        missing = [unit for unit in units if find(folder, unit) is None]
-        self.made += len(missing)
-        if missing:
-            before(missing)
+        absent = missing(folder, units)
+        self.made += len(absent)
+        if absent:
+            before(absent)
             if hint := adoptable(folder, self._made_of[fingerprint]):
                 print(hint, flush=True)
         on = self.devices if computes else ("cpu",)
         call = Call(self.name, self.key, self.root, fingerprint, on, self.work / "workers.log")
-        with crew_for(call, len(missing)) as crew:
+        with crew_for(call, len(absent)) as crew:
             return build_units(folder, units, make, what=self.title, counted=counted, crew=crew)
 
 
 def _compute_along(folder: Path, units: Sequence[Unit], make: Make) -> int:
     """What every process of a torchrun but the first does: its share of the computing, and no books."""
-    missing = [unit for unit in units if find(folder, unit) is None]
-    for unit in missing:
+    absent = missing(folder, units)
+    for unit in absent:
         make(unit, unfinished(folder, unit), lambda advance=1, note="": None)
-    return len(missing)
+    return len(absent)
 
 
 class Finished(Exception):  # noqa: N818 - not an error: the stage ends here, without publishing anything

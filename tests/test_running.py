@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from contextlib import closing
+from copy import copy
 from pathlib import Path
 
 import psutil
@@ -31,8 +32,8 @@ def workspace(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Workspace
 def twin(workspace: Workspace, folder: Path) -> Workspace:
     """The same checkout elsewhere."""
     shutil.copytree(workspace.folder, folder, symlinks=True)
-    made = object.__new__(Workspace)
-    made.root, made.folder, made.environment = workspace.root, folder, workspace.environment
+    made = copy(workspace)
+    made.folder = folder
     return made
 
 
