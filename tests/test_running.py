@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import sqlite3
@@ -14,12 +13,11 @@ from contextlib import closing
 from copy import copy
 from pathlib import Path
 
-import psutil
 import pytest
 
 from pipeline.leases import leased
 from pipeline.reproduce import read_log
-from tests.workspace import Workspace, stub_workspace
+from tests.workspace import Workspace, at_work, stub_workspace
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -42,12 +40,8 @@ def state(workspace: Workspace) -> tuple[str, dict[str, str]]:
 
 
 def left(folder: Path) -> list[str]:
-    """Processes at work in the folder."""
-    found = []
-    for process in psutil.process_iter(["cmdline", "cwd"]):
-        if process.info["cwd"] and Path(process.info["cwd"]) == folder and process.pid != os.getpid():
-            found.append(" ".join(process.info["cmdline"] or []))
-    return found
+    """Commands of the processes at work in the folder."""
+    return [" ".join(process.cmdline()) for process in at_work(folder)]
 
 
 def test_the_result_is_that_of_repro(workspace: Workspace, tmp_path: Path) -> None:
@@ -97,6 +91,7 @@ def test_nothing_outlives_it(workspace: Workspace, sign: signal.Signals) -> None
         cwd=workspace.folder,
         env={**workspace.environment, "STUB_SECONDS": "60", "CLEVRCAST_GPUS": ""},
         stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
     )
     until = time.monotonic() + 60
