@@ -93,9 +93,9 @@ def look_at(checks: Sequence[Check], root: Path, seconds: float = SECONDS) -> li
     def there(name: str) -> None:
         answers.update(_apart([check for check in checks if check.apart == name], root, until))
 
-    threads = [threading.Thread(target=here, args=(c,), daemon=True) for c in checks if not c.apart]
-    apart = dict.fromkeys(check.apart for check in checks if check.apart)
-    threads += [threading.Thread(target=there, args=(name,), daemon=True) for name in apart]
+    apart = dict.fromkeys(check.apart for check in checks if check.apart)  # first: they take longest
+    threads = [threading.Thread(target=there, args=(name,), daemon=True) for name in apart]
+    threads += [threading.Thread(target=here, args=(c,), daemon=True) for c in checks if not c.apart]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -105,9 +105,9 @@ def look_at(checks: Sequence[Check], root: Path, seconds: float = SECONDS) -> li
 
 
 def _late(why: str) -> Finding:
-    """Of a check that did not answer: the machine's fault where everything waits for a processor."""
+    """Of a check that did not answer: no fault where processes wait for a processor anyway."""
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
-    if load > 2 * cores:
+    if load > cores:
         return warning(f"{why}, on a busy machine (load {load:.1f}, {cores} cores)", "clevrcast doctor --seconds 60")
     return bad(why, "look at what it waits for (a file system, a driver, a server): clevrcast doctor --seconds 60")
 

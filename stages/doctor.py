@@ -24,9 +24,9 @@ CHECKS = (
     Check("tested versions", health_packages.tested),
     Check("extras", health_packages.extras),
     Check("conflicts", health_packages.conflicts),
-    Check("torchvision", health_packages.torchvision, apart="torch"),
     Check("devices", health_devices.devices, apart="torch"),
     Check("devices asked for", health_devices.asked_for, apart="torch"),
+    Check("torchvision", health_packages.torchvision, apart="torch"),  # last: it takes as long again to load
     Check("codecs", doctor_models.codecs, apart="codecs"),
     Check("weights", doctor_models.weights, apart="weights"),
     Check("environment", health_machine.environment),

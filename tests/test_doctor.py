@@ -61,12 +61,12 @@ def test_it_speaks_where_packages_are_broken(checkout: Path, root: Path, tmp_pat
     for name, text in {
         "rich": "raise ImportError('no rich')",
         "pydantic": "raise ImportError('no pydantic')",
-        "torchvision": "import os; os.abort()",
+        "torch": "import os; os.abort()",
     }.items():
         (tmp_path / "broken" / name).mkdir(parents=True)
         (tmp_path / "broken" / name / "__init__.py").write_text(text)
     said = subprocess.run(
-        [sys.executable, "-m", "stages.doctor", "params.yaml", "torchvision", "devices", "disk", "--seconds", "60"],
+        [sys.executable, "-m", "stages.doctor", "params.yaml", "devices", "torchvision", "disk", "--seconds", "60"],
         cwd=checkout,
         env={**os.environ, "PYTHONPATH": f"{tmp_path / 'broken'}{os.pathsep}{root}"},
         capture_output=True,
@@ -75,8 +75,8 @@ def test_it_speaks_where_packages_are_broken(checkout: Path, root: Path, tmp_pat
     )
     assert said.returncode == 1, said
     assert "no pydantic" in said.stdout
-    assert "bad     torchvision: its process died of SIGABRT" in said.stdout
-    assert "devices: not looked at: torchvision did not come to its end" in said.stdout
+    assert "bad     devices: its process died of SIGABRT" in said.stdout
+    assert "torchvision: not looked at: devices did not come to its end" in said.stdout
     assert "GB free" in said.stdout
 
 
