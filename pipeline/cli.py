@@ -43,6 +43,7 @@ MEASURED = (
 
 
 PROGRAMS = {
+    "doctor": "whether this machine and this workspace can do the work, and what to do where they cannot",
     "verify": "compare every stored byte with its digest; --repair rebuilds what is damaged",
     "teachers": "accuracy and speed of every flow teacher at hand against truth",
     "animate": "a still image set in motion, by a video's or a drawn motion",
@@ -297,7 +298,8 @@ def _clean(arguments: argparse.Namespace) -> int:
 
 
 def _program(arguments: argparse.Namespace) -> int:
-    _root()
+    if arguments.program != "doctor":  # which says so itself, among the rest
+        _root()
     return _call(f"stages.{arguments.program}", *arguments.rest)
 
 
