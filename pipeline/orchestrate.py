@@ -93,7 +93,7 @@ def rebuild(targets: list[str] | None = None, jobs: int | None = None, reason: s
     logger.info("asked for: %s", reason)
     try:
         with only_run(wait=True, stopped=stop.is_set), told_if_it_fails("rebuild"):
-            board = prepared(Path.cwd(), targets or ())
+            board = prepared(Path.cwd(), targets or (), logger.warning)
             if not board.stages:
                 return Completed(message="everything was up to date")
             logger.info("to do: %s", ", ".join(stage.title for stage in board.stages))

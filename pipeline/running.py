@@ -18,10 +18,11 @@ from typing import Protocol
 
 from rich.console import Console
 
+from pipeline import torn
 from pipeline.board import LOOK_SECONDS, Board, failures, shown
 from pipeline.dag import Foreseen
 from pipeline.devices import DEVICE
-from pipeline.errors import BusyError, StoppedError, WorkspaceError, explained
+from pipeline.errors import BusyError, PipelineError, StoppedError, WorkspaceError, explained
 from pipeline.journal import lease
 from pipeline.leases import leased
 from pipeline.notify import told_if_it_fails
@@ -73,6 +74,8 @@ def stage_work(board: Board, devices: Sequence[str], *, jobs: int, stopped: Call
                     outcome = attempts(stage, held, said)
             except InterruptedError:
                 outcome = Outcome(stage.title, "stopped")
+            except PipelineError as error:
+                outcome = Outcome(stage.title, "failed", exit_code=error.exit_code, message=str(error))
             except OSError as error:  # of the machine: no log, no lease, no process
                 message = str(explained(error, WORK, "starting the stage") or error)
                 outcome = Outcome(stage.title, "failed", exit_code=WorkspaceError.exit_code, message=message)
@@ -83,6 +86,7 @@ def stage_work(board: Board, devices: Sequence[str], *, jobs: int, stopped: Call
         board.running[stage.title] = ", ".join(held)
         try:
             for number in range(1, stage.retries + 2):
+                torn.mend(Path.cwd(), said, wait=False)  # a DVC beside this one may have been killed
                 board.events.tell("stage started", stage=stage.title, devices=held, attempt=number)
                 limit = stage.limit_seconds
                 outcome = reproduce(
@@ -167,15 +171,19 @@ def only_run(*, wait: bool = False, stopped: Callable[[], bool] = lambda: False)
         yield
 
 
-def prepared(root: Path, targets: Sequence[str] = ()) -> Board:
+def prepared(root: Path, targets: Sequence[str] = (), say: Said = print) -> Board:
     """The stages that a run has to go through: those that do not stay as they are, and only what ``targets`` need.
+
+    What a killed DVC has left half written is mended first, which ``say`` is told.
 
     Raises:
         ParamsError: ``params.yaml`` is wrong; nothing has been started.
         WorkspaceError: DVC cannot read the pipeline, or there is no such target.
     """
     load_params(root / "params.yaml")
+    torn.mend(root, say)
     stages = foreseen(root)
+    torn.keep(root)
     titles = [stage.title for stage in stages]
     wanted = set[str]() if targets else set(titles)
     for name in targets:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline import torn
 from pipeline.adoption import adopt, adoptable, adoption_sample
 from pipeline.code import closure, code_digest
 from pipeline.devices import devices
@@ -209,6 +210,8 @@ def run_stage(name: str, run: Callable[[Job], None], *, keyed: bool = False, tog
         key = arguments[0] if keyed else ""
         job = Job(name, key, load_params(Path("params.yaml")), Path.cwd(), own_devices(devices()))
         with _stage_lease(job):
+            if _publishes():
+                torn.keep(job.root, wait=False)
             run(job)
     except Finished as finished:
         if str(finished):
@@ -231,9 +234,12 @@ def run_stage(name: str, run: Callable[[Job], None], *, keyed: bool = False, tog
 
 def _stage_lease(job: Job) -> AbstractContextManager[None]:
     """The only right to publish the stage. A process that only builds units needs none, theirs have their own."""
-    if helped_fingerprint() or is_part() or adoption_sample() or rank():
-        return nullcontext()
-    return lease(job.work / "stage.lock", f"the stage {job.title}")
+    return lease(job.work / "stage.lock", f"the stage {job.title}") if _publishes() else nullcontext()
+
+
+def _publishes() -> bool:
+    """Whether this is the process that DVC started, and not one that only builds units or computes along."""
+    return not (helped_fingerprint() or is_part() or adoption_sample() or rank())
 
 
 def _record(job: Job, seconds: float) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from pipeline import torn
 from pipeline.code import closure, code_digest
 from pipeline.journal import Plan
 from pipeline.process import die_with_parent
@@ -71,4 +72,5 @@ def tree(path: Path) -> str:
 
 if __name__ == "__main__":
     die_with_parent()
+    torn.keep(Path.cwd(), wait=False)
     main(*sys.argv[1:])
