@@ -95,7 +95,9 @@ class Service:
 
 @pytest.fixture(scope="module")
 def service(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    workspace = stub_workspace(root, tmp_path_factory.mktemp("serve"), ("acquire", "decode", "label", "flow", "occlusion"))
+    workspace = stub_workspace(
+        root, tmp_path_factory.mktemp("serve"), ("acquire", "decode", "label", "flow", "occlusion")
+    )
     service = Service(workspace, tmp_path_factory.mktemp("prefect"))
     yield service
     service.process.send_signal(signal.SIGINT)
