@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.errors import WorkspaceError
+from pipeline.health.server import answers
 from pipeline.process import end_group, killed_with_starter
 from pipeline.stage import WORK
 
@@ -109,15 +108,6 @@ def wait_for(url: str, server: Child, stopped: Callable[[], bool]) -> None:
                 remedy="use another --port if this one is taken, or name a server in PREFECT_API_URL",
             )
         time.sleep(0.3)
-
-
-def answers(url: str) -> bool:
-    """Whether a Prefect server answers at an address of an API."""
-    try:
-        with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=3) as response:  # noqa: S310 - as configured
-            return json.load(response) is True
-    except (OSError, ValueError):
-        return False
 
 
 def unreachable(url: str) -> WorkspaceError:

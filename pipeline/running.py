@@ -20,9 +20,11 @@ from rich.console import Console
 
 from pipeline import torn
 from pipeline.board import LOOK_SECONDS, Board, failures, shown
+from pipeline.children import API, unreachable
 from pipeline.dag import Foreseen
 from pipeline.devices import DEVICE
 from pipeline.errors import BusyError, PipelineError, StoppedError, WorkspaceError, explained
+from pipeline.health.server import answers
 from pipeline.journal import lease
 from pipeline.leases import leased
 from pipeline.notify import told_if_it_fails
@@ -232,6 +234,8 @@ def run(root: Path, *, targets: Sequence[str], jobs: int | None, prefect: bool, 
             return
         through: Through = in_threads
         if prefect:
+            if (url := os.environ.get(API)) and not answers(url):
+                raise unreachable(url)
             from pipeline.orchestrate import in_prefect  # loads in a second
 
             through = in_prefect

@@ -125,6 +125,8 @@ def _mend_paths(root: Path, say: Callable[[str], object]) -> None:
     DVC itself drops entries of processes that are no more, but not those whose process id has gone to another program,
     as after a restart of a container.
     """
+    from pipeline.health.locks import is_dvc  # a stage, which only copies, does without
+
     file = root / TMP / "rwlock"
     text = _text(file)
     if text is None:
@@ -132,11 +134,11 @@ def _mend_paths(root: Path, say: Callable[[str], object]) -> None:
     try:
         listed = json.loads(text)
         kept = {
-            "write": {path: info for path, info in listed.get("write", {}).items() if _is_dvc(info["pid"])},
+            "write": {path: info for path, info in listed.get("write", {}).items() if is_dvc(info["pid"], root)},
             "read": {
                 path: left
                 for path, infos in listed.get("read", {}).items()
-                if (left := [info for info in infos if _is_dvc(info["pid"])])
+                if (left := [info for info in infos if is_dvc(info["pid"], root)])
             },
         }
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -149,7 +151,7 @@ def _mend_paths(root: Path, say: Callable[[str], object]) -> None:
 
 
 def _mend_run_cache(root: Path) -> None:
-    from pipeline.dag import cache_folder  # loads in a second; a stage, which only copies, does without
+    from pipeline.dag import cache_folder  # loads in a second; likewise
 
     for folder in (cache_folder(root) / "runs").glob("*/*"):
         with suppress(OSError):  # of those who were quicker
@@ -163,17 +165,6 @@ def _mend_artifacts(root: Path) -> None:
         for file in (root / "artifacts").glob(f"{depth}.tmp"):
             if re.fullmatch(r"\.[\w-]{22}\.tmp", file.name):
                 file.unlink()
-
-
-def _is_dvc(pid: int) -> bool:
-    """Whether a process of that id may be a DVC; where there is no telling, it may."""
-    try:
-        command = Path(f"/proc/{pid}/cmdline").read_bytes()
-    except FileNotFoundError:
-        return not Path("/proc/self").exists()
-    except OSError:
-        return True
-    return b"dvc" in command
 
 
 def _entries(text: str) -> dict[str, int]:

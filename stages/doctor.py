@@ -1,8 +1,8 @@
 """``clevrcast doctor [CHECK ...]``: can this machine and this workspace do the work, and if not, what to do.
 
-One line per check; the command ends with 1 if one is bad. It changes nothing, locks nothing of DVC's, and answers in
-ten seconds: checks that hang or take their process along are bad. It loads nothing but the standard library before the
-checks do: where packages are missing and `clevrcast` itself cannot start, ``python -m stages.doctor`` does.
+One line per check; the command ends with 1 if one is bad. It changes nothing, locks nothing of DVC's, and answers
+within half a minute: checks that hang or take their process along are bad. It loads nothing but the standard library
+before the checks do: where packages are missing and `clevrcast` itself cannot start, ``python -m stages.doctor`` does.
 """
 
 from __future__ import annotations
@@ -12,42 +12,42 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline import health_devices, health_locks, health_machine, health_packages, health_server, health_workspace
-from pipeline.health import SECONDS, Check, Line, as_json, look_at, serve, show, worst
+from pipeline.health import devices, locks, machine, packages, server, workspace
+from pipeline.health.checks import SECONDS, Check, Line, as_json, look_at, serve, show, worst
 from pipeline.process import die_with_parent
 from stages import doctor_models
 
 CHECKS = (
-    Check("python", health_packages.python),
-    Check("command", health_packages.command),
-    Check("packages", health_packages.packages),
-    Check("tested versions", health_packages.tested),
-    Check("extras", health_packages.extras),
-    Check("conflicts", health_packages.conflicts),
-    Check("devices", health_devices.devices, apart="torch"),
-    Check("devices asked for", health_devices.asked_for, apart="torch"),
-    Check("torchvision", health_packages.torchvision, apart="torch"),  # last: it takes as long again to load
+    Check("python", packages.python),
+    Check("command", packages.command),
+    Check("packages", packages.packages),
+    Check("tested versions", packages.tested),
+    Check("extras", packages.extras),
+    Check("conflicts", packages.conflicts),
+    Check("devices", devices.devices, apart="torch"),
+    Check("devices asked for", devices.asked_for, apart="torch"),
+    Check("torchvision", packages.torchvision, apart="torch"),  # last: it takes as long again to load
     Check("codecs", doctor_models.codecs, apart="codecs"),
     Check("weights", doctor_models.weights, apart="weights"),
-    Check("environment", health_machine.environment),
-    Check("disk", health_machine.free_space),
-    Check("hard links", health_machine.hard_links),
-    Check("file locks", health_machine.file_locks),
-    Check("memory", health_machine.memory),
-    Check("limits", health_machine.limits),
-    Check("checkout", health_workspace.checkout),
-    Check("writable", health_workspace.can_be_written),
-    Check("git", health_workspace.git),
-    Check("params.yaml", health_workspace.params),
-    Check("dvc.yaml", health_workspace.graph),
-    Check("dvc.lock", health_workspace.lock_file),
-    Check("DVC settings", health_workspace.dvc_settings),
-    Check("at work", health_locks.at_work),
-    Check("DVC lock", health_locks.dvc_lock),
-    Check("DVC paths", health_locks.dvc_paths),
-    Check("Prefect server", health_server.prefect_server),
-    Check("quarantine", health_workspace.quarantine),
-    Check("unfinished", health_workspace.unfinished),
+    Check("environment", machine.environment),
+    Check("disk", machine.free_space),
+    Check("hard links", machine.hard_links),
+    Check("file locks", machine.file_locks),
+    Check("memory", machine.memory),
+    Check("limits", machine.limits),
+    Check("checkout", workspace.checkout),
+    Check("writable", workspace.can_be_written),
+    Check("git", workspace.git),
+    Check("params.yaml", workspace.params),
+    Check("dvc.yaml", workspace.graph),
+    Check("dvc.lock", workspace.lock_file),
+    Check("DVC settings", workspace.dvc_settings),
+    Check("at work", locks.at_work),
+    Check("DVC lock", locks.dvc_lock),
+    Check("DVC paths", locks.dvc_paths),
+    Check("Prefect server", server.prefect_server),
+    Check("quarantine", workspace.quarantine),
+    Check("unfinished", workspace.unfinished),
 )
 
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.health import Finding, bad, good, listed, one_line, warning
-from pipeline.health_packages import installed
-from pipeline.health_server import ask
+from pipeline.health.checks import Finding, bad, good, listed, one_line, warning
+from pipeline.health.packages import installed
+from pipeline.health.server import ask
 
 if TYPE_CHECKING:
     from pipeline.params import Params

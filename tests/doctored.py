@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from pipeline.health import Check, Finding, findings
+from pipeline.health.checks import Check, Finding, findings
 
 
 def small_checkout(root: Path, folder: Path) -> Path:

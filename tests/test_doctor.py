@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 
-from pipeline import health, health_locks, health_machine
-from pipeline import health_workspace as workspace_checks
-from pipeline.health import Check, Finding, good, look_at
+from pipeline.health import checks, locks, machine
+from pipeline.health import workspace as workspace_checks
+from pipeline.health.checks import Check, Finding, good, look_at
 from pipeline.journal import MARKER, Plan, lease
 from stages import doctor
 from tests.doctored import bad, change, off, only, run_git, small_checkout
@@ -89,10 +89,15 @@ def test_a_check_that_raises_hangs_or_cannot_be_started_is_bad(tmp_path: Path, m
         time.sleep(30)
         yield good("never")
 
-    monkeypatch.setattr(health, "PROGRAM", "no_such_program")
+    monkeypatch.setattr(checks, "PROGRAM", "no_such_program")
     monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
-    checks = [Check("a", raises), Check("b", hangs), Check("c", hangs, apart="x"), Check("d", lambda root: [good("x")])]
-    lines = look_at(checks, tmp_path, seconds=1)
+    several = [
+        Check("a", raises),
+        Check("b", hangs),
+        Check("c", hangs, apart="x"),
+        Check("d", lambda root: [good("x")]),
+    ]
+    lines = look_at(several, tmp_path, seconds=1)
     told = [(line.check, line.finding.state, line.finding.found) for line in lines]
     assert told[:2] == [
         ("a", "good", "so far"),
@@ -130,43 +135,43 @@ def test_the_command_traces_and_refuses_unknown_checks(
 def test_a_full_disk(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(checkout)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=3e8))
-    finding = bad(health_machine.free_space, checkout)
+    finding = bad(machine.free_space, checkout)
     assert "0.3 GB free for the workspace, .work, artifacts, DVC's cache" in finding.found
     assert "clevrcast clean" in finding.remedy
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1e8))
-    assert "films" in off(health_machine.free_space, checkout)[-1].found
+    assert "films" in off(machine.free_space, checkout)[-1].found
 
 
 def test_a_file_system_without_locks(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert only(health_machine.file_locks, checkout).state == "good"
+    assert only(machine.file_locks, checkout).state == "good"
 
     def flock(*_: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    finding = bad(health_machine.file_locks, checkout)
+    finding = bad(machine.file_locks, checkout)
     assert "No locks available" in finding.found
     assert finding.remedy.startswith("put the checkout on a local disk")
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)
-    finding = bad(health_machine.file_locks, checkout)
+    finding = bad(machine.file_locks, checkout)
     assert "another process was locked while the lock was held" in finding.found
 
 
 def test_locks_of_one_host_alone(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(health_machine, "_file_system", lambda _: ("lustre", "rw,localflock"))
-    (finding,) = off(health_machine.file_locks, checkout)
+    monkeypatch.setattr(machine, "_file_system", lambda _: ("lustre", "rw,localflock"))
+    (finding,) = off(machine.file_locks, checkout)
     assert finding.state == "warning"
     assert "lustre is mounted with localflock" in finding.found
 
 
 def test_a_file_system_without_hard_links(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert only(health_machine.hard_links, checkout).state == "good"
+    assert only(machine.hard_links, checkout).state == "good"
 
     def link(*_: object) -> None:
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
     monkeypatch.setattr(os, "link", link)
-    assert "has no hard links: Operation not permitted" in bad(health_machine.hard_links, checkout).found
+    assert "has no hard links: Operation not permitted" in bad(machine.hard_links, checkout).found
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs a second file system")
@@ -175,21 +180,21 @@ def test_two_file_systems(checkout: Path) -> None:
         if Path(elsewhere).stat().st_dev == checkout.stat().st_dev:
             pytest.skip("needs a second file system")
         (checkout / ".dvc/config.local").write_text(f"[cache]\n    dir = {elsewhere}\n")
-        (finding,) = off(health_machine.hard_links, checkout)
+        (finding,) = off(machine.hard_links, checkout)
         assert finding.state == "warning"
         assert "DVC's cache is on another file system" in finding.found
         (checkout / "artifacts").symlink_to(elsewhere)
-        assert "cannot be hard-linked" in bad(health_machine.hard_links, checkout).found
+        assert "cannot be hard-linked" in bad(machine.hard_links, checkout).found
 
 
 def test_little_memory(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(health_machine, "_free_memory", lambda: 5e8)
-    assert "CLEVRCAST_EXECUTOR=serial" in bad(health_machine.memory, checkout).remedy
+    monkeypatch.setattr(machine, "_free_memory", lambda: 5e8)
+    assert "CLEVRCAST_EXECUTOR=serial" in bad(machine.memory, checkout).remedy
 
 
 def test_low_limits(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(health_machine.resource, "getrlimit", lambda _: (256, 512))
-    assert off(health_machine.limits, checkout)[0].remedy == "ulimit -n 512"
+    monkeypatch.setattr(machine.resource, "getrlimit", lambda _: (256, 512))
+    assert off(machine.limits, checkout)[0].remedy == "ulimit -n 512"
 
 
 @pytest.mark.parametrize(
@@ -206,7 +211,7 @@ def test_variables_that_mean_nothing(
     variable: str, value: str, state: str, said: str, checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(variable, value)
-    (finding,) = [f for f in off(health_machine.environment, checkout) if variable in f.found]
+    (finding,) = [f for f in off(machine.environment, checkout) if variable in f.found]
     assert finding.state == state
     assert said in finding.found
     assert finding.remedy
@@ -295,7 +300,7 @@ def test_a_read_only_workspace_is_one_line(checkout: Path, monkeypatch: pytest.M
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr(tempfile, "TemporaryFile", refused)
-    looks = (workspace_checks.can_be_written, health_machine.hard_links, health_machine.file_locks)
+    looks = (workspace_checks.can_be_written, machine.hard_links, machine.file_locks)
     (finding,) = [f for look in looks for f in off(look, checkout)]
     assert f"nothing can be written in {checkout}" in finding.found
     assert "remount" in finding.remedy
@@ -336,7 +341,7 @@ def test_quarantine_and_what_was_left_in_the_middle(checkout: Path) -> None:
     assert "clevrcast clean" in finding.remedy
     with lease(folder / "abd.lock", "a unit"):
         assert only(workspace_checks.unfinished, checkout).state == "good"
-        assert "1 units" in only(health_locks.at_work, checkout).found
+        assert "1 units" in only(locks.at_work, checkout).found
 
 
 # Locks.
@@ -344,12 +349,12 @@ def test_quarantine_and_what_was_left_in_the_middle(checkout: Path) -> None:
 
 def test_who_is_at_work(checkout: Path) -> None:
     work = checkout / ".work"
-    assert only(health_locks.at_work, checkout).found == "no run, stage, device or unit is leased"
+    assert only(locks.at_work, checkout).found == "no run, stage, device or unit is leased"
     with lease(work / "flow/stage.lock", ""), lease(work / "devices/cuda:1.lock", ""), lease(work / "run.lock", ""):
-        told = only(health_locks.at_work, checkout).found
+        told = only(locks.at_work, checkout).found
     for what in ("clevrcast run", "the stage flow", "the device cuda:1"):
         assert f"{what} (pid {os.getpid()} on " in told
-    assert only(health_locks.at_work, checkout).found == "no run, stage, device or unit is leased"
+    assert only(locks.at_work, checkout).found == "no run, stage, device or unit is leased"
 
 
 @contextmanager
@@ -372,7 +377,7 @@ def test_an_entry_that_a_dead_process_left_in_the_list_of_paths(checkout: Path) 
     with sleeper(checkout) as pid:
         pass
     rwlock(checkout, pid)
-    finding = only(health_locks.dvc_paths, checkout)
+    finding = only(locks.dvc_paths, checkout)
     assert finding.state == "warning"  # DVC drops it where it is in the way
     assert f"process {pid} (dvc repro flow) has artifacts/acquire, artifacts/flow locked" in finding.found
     assert "not on this host" in finding.found
@@ -382,27 +387,27 @@ def test_an_entry_that_a_dead_process_left_in_the_list_of_paths(checkout: Path) 
 def test_an_entry_whose_process_id_has_gone_to_another_program(checkout: Path, tmp_path: Path) -> None:
     with sleeper(checkout) as pid:
         rwlock(checkout, pid)
-        finding = bad(health_locks.dvc_paths, checkout)
+        finding = bad(locks.dvc_paths, checkout)
         assert f"but {pid} is now {pid} (" in finding.found
         assert finding.remedy == f"where no dvc runs on any host: rm {checkout}/.dvc/tmp/rwlock"
     with subprocess.Popen(["true"]) as ended:  # a zombie, as a container without an init keeps it
-        while health_locks.process(ended.pid) != f"{ended.pid} (ended, but still listed)":
+        while locks.process(ended.pid) != f"{ended.pid} (ended, but still listed)":
             time.sleep(0.01)
         rwlock(checkout, ended.pid)
-        assert "ended, but still listed" in bad(health_locks.dvc_paths, checkout).found
+        assert "ended, but still listed" in bad(locks.dvc_paths, checkout).found
     with sleeper(checkout, "dvc", "repro") as pid:
         rwlock(checkout, pid)
-        assert only(health_locks.dvc_paths, checkout) == good(f"in use by {pid} (dvc repro flow)")
+        assert only(locks.dvc_paths, checkout) == good(f"in use by {pid} (dvc repro flow)")
     with sleeper(tmp_path, "dvc", "repro") as pid:  # of another workspace
         rwlock(checkout, pid)
-        bad(health_locks.dvc_paths, checkout)
+        bad(locks.dvc_paths, checkout)
 
 
 @pytest.mark.parametrize("text", ["", '{"write": {"/a', "[]", '{"write": {"/a": {"cmd": "repro"}}}'])
 def test_a_list_of_paths_that_cannot_be_read(checkout: Path, text: str) -> None:
-    assert only(health_locks.dvc_paths, checkout).state == "good"
+    assert only(locks.dvc_paths, checkout).state == "good"
     (checkout / ".dvc/tmp/rwlock").write_text(text)
-    finding = bad(health_locks.dvc_paths, checkout)
+    finding = bad(locks.dvc_paths, checkout)
     assert "DVC refuses to go on" in finding.found
     assert "rm " in finding.remedy
 
@@ -411,7 +416,7 @@ def test_a_list_of_paths_that_cannot_be_read(checkout: Path, text: str) -> None:
 def test_the_lock_of_dvc(checkout: Path) -> None:
     file = checkout / ".dvc/tmp/lock"
     file.write_text(" 4711\n")
-    assert only(health_locks.dvc_lock, checkout).state == "good"  # a file that stays is no lock
+    assert only(locks.dvc_lock, checkout).state == "good"  # a file that stays is no lock
     program = (
         "import sys, zc.lockfile, time\n"
         "held = zc.lockfile.LockFile(sys.argv[1]); print('held', flush=True); time.sleep(60)"
@@ -421,9 +426,9 @@ def test_the_lock_of_dvc(checkout: Path) -> None:
         with subprocess.Popen(command, cwd=checkout, stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
             process.stdout.readline()
-            finding = only(health_locks.dvc_lock, checkout)
+            finding = only(locks.dvc_lock, checkout)
             process.kill()
         assert finding.state == state
         assert f"held by {process.pid} (" in finding.found
     (checkout / ".dvc/config.local").write_text("[core]\n    hardlink_lock = true\n")
-    assert f"rm {file}" in only(health_locks.dvc_lock, checkout).remedy
+    assert f"rm {file}" in only(locks.dvc_lock, checkout).remedy

@@ -16,9 +16,9 @@ import pytest
 import torch
 from torchvision.models.optical_flow import raft_large, raft_small
 
-from pipeline import health_devices, health_packages, health_server
-from pipeline.health_devices import Driver, Gpu, Seen, judged, named
-from pipeline.health_server import Answer
+from pipeline.health import devices, packages, server
+from pipeline.health.devices import Driver, Gpu, Seen, judged, named
+from pipeline.health.server import Answer
 from stages import doctor_models
 from tests.doctored import bad, change, off, only, small_checkout
 
@@ -42,19 +42,19 @@ def test_a_package_outside_its_range_and_one_that_is_absent(checkout: Path, monk
         return "2.18.7" if name == "zarr" else real(name)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    finding = bad(health_packages.packages, checkout)
+    finding = bad(packages.packages, checkout)
     assert "decord is not installed" in finding.found
     assert "zarr 2.18.7 is not <4,>=3.1.6" in finding.found
     assert finding.remedy == "pip install -c constraints.txt -e ."
-    (differs,) = off(health_packages.tested, checkout)
+    (differs,) = off(packages.tested, checkout)
     assert differs.state == "warning"
     assert "zarr 2.18.7 (3.1.6)" in differs.found
 
 
 def test_an_extra_that_is_asked_for_and_not_there(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(health_packages, "installed", lambda name: None if name == "ray" else "1000")
+    monkeypatch.setattr(packages, "installed", lambda name: None if name == "ray" else "1000")
     monkeypatch.setenv("CLEVRCAST_EXECUTOR", "ray")
-    assert "pip install -c constraints.txt -e '.[ray]'" in [f.remedy for f in off(health_packages.extras, checkout)]
+    assert "pip install -c constraints.txt -e '.[ray]'" in [f.remedy for f in off(packages.extras, checkout)]
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_an_extra_that_is_asked_for_and_not_there(checkout: Path, monkeypatch: p
     ],
 )
 def test_packages_that_do_not_work_together(versions: dict[str, str], said: str, remedy: str) -> None:
-    (finding,) = health_packages.known_conflicts(versions)
+    (finding,) = packages.known_conflicts(versions)
     assert finding.state == "bad"
     assert said in finding.found
     assert remedy in finding.remedy
@@ -74,7 +74,7 @@ def test_packages_that_do_not_work_together(versions: dict[str, str], said: str,
 
 def test_packages_that_work_together() -> None:
     fine = {"numcodecs": "0.16.6", "prefect": "3.8.8", "fastapi": "0.150.0", "torch": "2.14.1", "torchvision": "0.29.1"}
-    assert list(health_packages.known_conflicts(fine)) == []
+    assert list(packages.known_conflicts(fine)) == []
 
 
 def test_another_python_and_an_old_one(checkout: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -83,12 +83,12 @@ def test_another_python_and_an_old_one(checkout: Path, monkeypatch: pytest.Monke
     other.write_text("#!/bin/sh\necho \"['torch']\"\n")
     other.chmod(0o755)
     monkeypatch.setenv("PATH", f"{other.parent}:/usr/bin:/bin")
-    finding = bad(health_packages.python, checkout)
+    finding = bad(packages.python, checkout)
     assert f"DVC would start stages with {other}" in finding.found
     assert "lacks ['torch']" in finding.found
     assert finding.remedy == f"source {Path(sys.prefix) / 'bin/activate'}"
-    monkeypatch.setattr(health_packages.platform, "python_version", lambda: "3.9.1")
-    assert off(health_packages.python, checkout)[0].remedy == "make PYTHON=/path/to/python3.11 install"
+    monkeypatch.setattr(packages.platform, "python_version", lambda: "3.9.1")
+    assert off(packages.python, checkout)[0].remedy == "make PYTHON=/path/to/python3.11 install"
 
 
 # Devices.
@@ -123,7 +123,7 @@ def test_what_pytorch_sees_beside_the_driver(
 
 @pytest.mark.parametrize("flags", ["amx_bf16", "sse"])
 def test_without_a_gpu(flags: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(health_devices, "cpu_bfloat16", lambda: flags == "amx_bf16")
+    monkeypatch.setattr(devices, "cpu_bfloat16", lambda: flags == "amx_bf16")
     (finding,) = judged(Seen("2", "13.0", ()), None, {})
     assert finding.state == ("good" if flags == "amx_bf16" else "warning")
 
@@ -133,11 +133,11 @@ def test_nvidia_smi_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     program.write_text("#!/bin/sh\necho '570.1, NVIDIA H100'\necho '570.1, NVIDIA H100'\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    assert health_devices.driver() == Driver("570.1", ("NVIDIA H100", "NVIDIA H100"))
+    assert devices.driver() == Driver("570.1", ("NVIDIA H100", "NVIDIA H100"))
     program.write_text("#!/bin/sh\necho Failed to initialize NVML: Driver/library version mismatch\nexit 18\n")
-    assert health_devices.driver() == Driver("", (), "Failed to initialize NVML: Driver/library version mismatch")
+    assert devices.driver() == Driver("", (), "Failed to initialize NVML: Driver/library version mismatch")
     monkeypatch.setenv("PATH", "")
-    assert health_devices.driver() is None
+    assert devices.driver() is None
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_devices_that_exist() -> None:
 
 
 @contextmanager
-def server(answers: dict[str, tuple[int, str]]) -> Iterator[str]:
+def answering(answers: dict[str, tuple[int, str]]) -> Iterator[str]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             status, text = answers.get(self.path, (404, ""))
@@ -200,18 +200,18 @@ def no_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_prefect_server_that_does_not_answer(no_profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert only(health_server.prefect_server, no_profile).state == "good"
+    assert only(server.prefect_server, no_profile).state == "good"
     monkeypatch.setenv("PREFECT_API_URL", GONE)
-    finding = bad(health_server.prefect_server, no_profile)
+    finding = bad(server.prefect_server, no_profile)
     assert f"PREFECT_API_URL is {GONE}, which does not answer: " in finding.found
     assert "Connection refused" in finding.found
     assert "prefect server start" in finding.remedy
     assert "unset PREFECT_API_URL" in finding.remedy
     monkeypatch.setenv("PREFECT_API_URL", "127.0.0.1:4200/api")
-    assert "no http address" in bad(health_server.prefect_server, no_profile).found
+    assert "no http address" in bad(server.prefect_server, no_profile).found
     monkeypatch.delenv("PREFECT_API_URL")
     (no_profile / "profiles.toml").write_text(f'active = "mine"\n[profiles.mine]\nPREFECT_API_URL = "{GONE}"\n')
-    (finding,) = off(health_server.prefect_server, no_profile)
+    (finding,) = off(server.prefect_server, no_profile)
     assert finding.state == "warning"  # it counts with --prefect only
     assert "prefect config unset PREFECT_API_URL" in finding.remedy
 
@@ -238,10 +238,10 @@ def test_a_prefect_server_that_does_not_answer(no_profile: Path, monkeypatch: py
 def test_a_prefect_server_that_answers(
     answers: dict[str, tuple[int, str]], state: str, said: str, no_profile: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(health_server, "installed", lambda name: "3.8.8")
-    with server(answers) as url:
+    monkeypatch.setattr(server, "installed", lambda name: "3.8.8")
+    with answering(answers) as url:
         monkeypatch.setenv("PREFECT_API_URL", url + "/")
-        finding = only(health_server.prefect_server, no_profile)
+        finding = only(server.prefect_server, no_profile)
     assert finding.state == state
     assert said in finding.found
 
@@ -254,9 +254,9 @@ def test_a_server_that_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         released.wait(30)
         raise OSError
 
-    monkeypatch.setattr(health_server, "PATIENCE", 0.2)
-    monkeypatch.setattr(health_server.urllib.request, "urlopen", waits)
-    assert health_server.ask(GONE) == Answer(0, "no answer within 0.2 s")
+    monkeypatch.setattr(server, "PATIENCE", 0.2)
+    monkeypatch.setattr(server.urllib.request, "urlopen", waits)
+    assert server.ask(GONE) == Answer(0, "no answer within 0.2 s")
     released.set()
 
 

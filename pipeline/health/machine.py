@@ -15,7 +15,19 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.health import ARTIFACTS, WORK, Finding, bad, good, listed, nearest, one_line, scratch, warning, writable
+from pipeline.health.checks import (
+    ARTIFACTS,
+    WORK,
+    Finding,
+    bad,
+    good,
+    listed,
+    nearest,
+    one_line,
+    scratch,
+    warning,
+    writable,
+)
 
 LITTLE_DISK, LEAST_DISK = 5e9, 1e9
 LEAST_TEMPORARY = 2e8
@@ -219,6 +231,6 @@ def environment(root: Path) -> Iterator[Finding]:
 
 def _known_variables() -> set[str]:
     """Every name that the code has, so that no list has to be kept."""
-    code = Path(__file__).resolve().parents[1]
+    code = Path(__file__).resolve().parents[2]
     files = [file for package in ("pipeline", "stages", "models", "data") for file in (code / package).rglob("*.py")]
     return {name for file in files for name in re.findall(r"CLEVRCAST_[A-Z_]*[A-Z]", file.read_text())}

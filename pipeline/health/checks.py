@@ -27,7 +27,7 @@ State = Literal["good", "warning", "bad"]
 STATES: tuple[State, ...] = ("good", "warning", "bad")
 STYLES: Mapping[State, str] = {"good": "green", "warning": "yellow", "bad": "bold red"}
 PROGRAM = "stages.doctor"
-SECONDS = 9.0
+SECONDS = 30.0
 """Which all checks together may take: then those that have not answered are bad."""
 WORK, ARTIFACTS = Path(".work"), Path("artifacts")
 INSTALL = "pip install -c constraints.txt -e '.[dev]'"
@@ -108,8 +108,8 @@ def _late(why: str) -> Finding:
     """Of a check that did not answer: no fault where processes wait for a processor anyway."""
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
     if load > cores:
-        return warning(f"{why}, on a busy machine (load {load:.1f}, {cores} cores)", "clevrcast doctor --seconds 60")
-    return bad(why, "look at what it waits for (a file system, a driver, a server): clevrcast doctor --seconds 60")
+        return warning(f"{why}, on a busy machine (load {load:.1f}, {cores} cores)", "clevrcast doctor --seconds 120")
+    return bad(why, "look at what it waits for (a file system, a driver, a server): clevrcast doctor --seconds 120")
 
 
 def serve(checks: Sequence[Check], root: Path, out: IO[str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 import shutil
@@ -13,9 +12,8 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlparse
 
-from pipeline.health import INSTALL, Finding, bad, good, listed, one_line, warning
+from pipeline.health.checks import INSTALL, Finding, bad, good, listed, one_line, warning
 
 PROJECT = "clevrcast"
 TORCH_AGAIN = "pip install --force-reinstall -c constraints.txt torch torchvision"
@@ -55,17 +53,15 @@ def _activate() -> str:
 
 def command(root: Path) -> Iterator[Finding]:
     """Whether the command `clevrcast` runs the code of this checkout."""
-    try:
-        place = json.loads(importlib.metadata.distribution(PROJECT).read_text("direct_url.json") or "{}")
-    except importlib.metadata.PackageNotFoundError:
-        yield bad(f"the package {PROJECT} is not installed: checkpoints cannot name its version", INSTALL)
-        return
-    folder = Path(unquote(urlparse(place.get("url", "")).path) or "/")
-    if folder.resolve() == root.resolve():
+    ask = "import pathlib, pipeline; print(pathlib.Path(pipeline.__file__).parents[1])"
+    done = subprocess.run([sys.executable, "-c", ask], cwd="/", capture_output=True, text=True, check=False)
+    if done.returncode:
+        yield bad(f"the package {PROJECT} is not installed, so there is no command `clevrcast`", INSTALL)
+    elif Path(done.stdout.strip()) == root.resolve():
         yield good("`clevrcast` runs the code of this checkout")
     else:
         yield warning(
-            f"`clevrcast` runs the code of {folder}, stages that of {root.resolve()}",
+            f"`clevrcast` runs the code of {done.stdout.strip()}, stages that of {root.resolve()}",
             f"{INSTALL}, or `python -m pipeline.cli` instead of `clevrcast`",
         )
 

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.health import Finding, bad, good, one_line, warning
-from pipeline.health_packages import installed
+from pipeline.health.checks import Finding, bad, good, one_line, warning
+from pipeline.health.packages import installed
 
 PATIENCE = 3.0
 """Seconds that a server may take."""
@@ -51,6 +51,12 @@ def prefect_server(root: Path) -> Iterator[Finding]:
         yield (bad if variable else warning)(f"{whose} is {url}, which does not answer: {why}", remedy)
     else:
         yield _versions(url, version)
+
+
+def answers(url: str) -> bool:
+    """Whether a Prefect server answers at the address of an API."""
+    answer = ask(f"{url.rstrip('/')}/health", headers=_credentials())
+    return answer.status == 200 and answer.text.strip() == "true"
 
 
 def _versions(url: str, ours: str) -> Finding:

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.health import Finding, bad, good, one_line, warning
-from pipeline.health_packages import TORCH_AGAIN
+from pipeline.health.checks import Finding, bad, good, one_line, warning
+from pipeline.health.packages import TORCH_AGAIN
 
 LITTLE_BYTES = 2e9
 """Less free memory of a GPU than this is remarked upon."""

@@ -21,8 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.health import WORK, Finding, bad, good, listed, one_line, warning
-from pipeline.health_machine import dvc_config
+from pipeline.health.checks import WORK, Finding, bad, good, listed, one_line, warning
+from pipeline.health.machine import dvc_config
 from pipeline.journal import holder
 
 TMP = Path(".dvc/tmp")

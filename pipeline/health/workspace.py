@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.health import ARTIFACTS, WORK, Finding, bad, good, listed, one_line, warning, writable
-from pipeline.health_locks import lease_holder
-from pipeline.health_machine import dvc_config
+from pipeline.health.checks import ARTIFACTS, WORK, Finding, bad, good, listed, one_line, warning, writable
+from pipeline.health.locks import lease_holder
+from pipeline.health.machine import dvc_config
 from pipeline.upkeep import newest, quarantined, titles
 
 LINKS = "hardlink,symlink"
