@@ -73,9 +73,9 @@ class Child:
 
 
 @contextmanager
-def server_at(host: str, port: int, say: Say) -> Iterator[Child | None]:
+def server_at(host: str, port: int, say: Say, stopped: Callable[[], bool] = lambda: False) -> Iterator[Child | None]:
     """Join the server of ``PREFECT_API_URL``, or one that answers at the port, or start one, which is given back; from
-    then on ``PREFECT_API_URL`` names it."""
+    then on ``PREFECT_API_URL`` names it. Once ``stopped()`` is true its start is not waited for."""
     if url := os.environ.get(API):
         if not answers(url):
             raise unreachable(url)
@@ -91,7 +91,7 @@ def server_at(host: str, port: int, say: Say) -> Iterator[Child | None]:
     server = Child(command, LOGS / "server.log", "the server")
     try:
         server.start()
-        wait_for(url, server, lambda: False)
+        wait_for(url, server, stopped)
         yield server
     finally:
         server.end()

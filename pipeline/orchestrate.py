@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import os
 import runpy
+import signal
+import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +31,31 @@ if __name__ == "__main__":
 os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 
+import httpx
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
+from prefect.context import refresh_global_settings_context
+from prefect.events.worker import EventsWorker
 from prefect.futures import PrefectFuture, wait
+from prefect.logging.handlers import APILogHandler
+from prefect.settings import get_current_settings
 from prefect.states import Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from pipeline import sweep as sweeps
-from pipeline.board import Board
+from pipeline.board import LOOK_SECONDS, Board
+from pipeline.children import API, Child, server_at
 from pipeline.dag import Foreseen
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, StoppedError, WorkspaceError
 from pipeline.notify import told_if_it_fails
 from pipeline.reproduce import Outcome
 from pipeline.running import Work, carry_out, only_run, prepared
 
 FLOW = "clevrcast"
 EXPERIMENTS = "clevrcast-experiments"
+SEND_SECONDS = 5.0
 LAST_LINES = 40
 """Of an error, in the message of a failed run."""
 
@@ -67,6 +77,11 @@ def through_tasks(stages: Sequence[Foreseen], work: Work, board: Board) -> None:
     for stage in stages:
         earlier = [futures[title] for title in stage.upstream if title in futures]
         futures[stage.title] = stage_task.with_options(task_run_name=stage.title).submit(stage, wait_for=earlier)
+    for future in futures.values():
+        ended = threading.Event()
+        future.add_done_callback(lambda _, ended=ended: ended.set())
+        while not ended.wait(LOOK_SECONDS):
+            pass  # as `pipeline.running.in_threads` does, for the sake of signals
     wait(list(futures.values()))
     for stage in stages:
         if stage.title not in board.outcomes:
@@ -74,16 +89,76 @@ def through_tasks(stages: Sequence[Foreseen], work: Work, board: Board) -> None:
     publish(board)
 
 
+@contextmanager
+def some_server(stopped: Callable[[], bool]) -> Iterator[None]:
+    """A server for one run, where Prefect knows of none. That which Prefect would start outlives a run that is killed.
+
+    Raises:
+        StoppedError: ``stopped()`` while it was starting.
+    """
+    if get_current_settings().api.url:
+        yield
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    try:
+        with server_at("127.0.0.1", port, lambda said: None, stopped) as server, ExitStack() as care:
+            if stopped():
+                raise StoppedError("stopped while the server was starting", remedy="the same command goes on")
+            if server is not None:
+                care.enter_context(_revived(server))
+            refresh_global_settings_context()
+            try:
+                yield
+            finally:  # what is still to be sent
+                APILogHandler().flush()
+                EventsWorker.drain_all(timeout=SEND_SECONDS)
+    finally:
+        os.environ.pop(API, None)
+        refresh_global_settings_context()
+
+
+@contextmanager
+def _revived(server: Child) -> Iterator[None]:
+    """Start it again whenever it dies; Prefect's clients try for two minutes to reach it."""
+    ended = threading.Event()
+
+    def care() -> None:
+        while not ended.wait(LOOK_SECONDS):
+            server.revive(lambda said: None)
+
+    thread = threading.Thread(target=care)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
 def in_prefect(stages: Sequence[Foreseen], work: Work, board: Board) -> None:
     """`pipeline.running.in_threads`, as a run of the flow `FLOW`; the board says how it ended."""
+    ours = signal.getsignal(signal.SIGTERM)
 
     def run() -> State[Any]:
-        through_tasks(stages, work, board)
+        # Prefect has put its own in place, which would leave the flow and let the stages go on.
+        prefects = signal.signal(signal.SIGTERM, ours)
+        try:
+            through_tasks(stages, work, board)
+        finally:
+            signal.signal(signal.SIGTERM, prefects)
         bad = [title for title, outcome in board.outcomes.items() if not outcome.good]
         return Failed(message=f"not brought up to date: {', '.join(bad)}") if bad else Completed(message="up to date")
 
     runner = ThreadPoolTaskRunner(max_workers=max(1, len(stages)))
-    _flow(name=FLOW, task_runner=runner, persist_result=False)(run)(return_state=True)
+    try:
+        _flow(name=FLOW, task_runner=runner, persist_result=False)(run)(return_state=True)
+    except httpx.TransportError as error:
+        raise WorkspaceError(
+            f"Prefect's server at {get_current_settings().api.url} is gone ({type(error).__name__}: {error})",
+            remedy="run the same command again, or without Prefect: finished stages and units are kept",
+        ) from error
 
 
 @_flow(name=FLOW, persist_result=False)

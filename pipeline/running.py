@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -124,6 +124,8 @@ def in_threads(stages: Sequence[Foreseen], work: Work, board: Board) -> None:
         for stage in stages:
             earlier = [futures[title] for title in stage.upstream if title in futures]
             futures[stage.title] = pool.submit(after, stage, earlier)
+        while wait(futures.values(), LOOK_SECONDS).not_done:
+            pass  # a signal that another thread was given is seen to here, by the main one, only when it wakes
     for future in futures.values():
         future.result()
 
@@ -232,12 +234,13 @@ def run(root: Path, *, targets: Sequence[str], jobs: int | None, prefect: bool, 
         if not board.stages:
             console.print("everything is up to date")
             return
-        through: Through = in_threads
-        if prefect:
-            if (url := os.environ.get(API)) and not answers(url):
-                raise unreachable(url)
-            from pipeline.orchestrate import in_prefect  # loads in a second
+        if not prefect:
+            with shown(board, console):
+                carry_out(board, in_threads, jobs=jobs, stopped=stop.is_set)
+            return
+        if (url := os.environ.get(API)) and not answers(url):
+            raise unreachable(url)
+        from pipeline.orchestrate import in_prefect, some_server  # loads in a second
 
-            through = in_prefect
-        with shown(board, console):
-            carry_out(board, through, jobs=jobs, stopped=stop.is_set)
+        with some_server(stop.is_set), shown(board, console):
+            carry_out(board, in_prefect, jobs=jobs, stopped=stop.is_set)

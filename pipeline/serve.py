@@ -83,7 +83,7 @@ def serve(served: Served, say: Say) -> None:
     with (
         lease(SERVE_LOCK, "serving this workspace"),
         asked_to_stop() as stop,
-        server_at(served.host, served.port, say) as server,
+        server_at(served.host, served.port, say, stop.is_set) as server,
     ):
         events.tell("serve started", url=os.environ[API], pool=served.pool_name)
         deployments = asyncio.run(_register(served))

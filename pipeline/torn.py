@@ -75,10 +75,12 @@ def mend(root: Path, say: Callable[[str], object] = print, *, wait: bool = True)
 
 
 def keep(root: Path, *, wait: bool = True) -> None:
-    """Copy ``dvc.lock``, if it is whole; not where another DVC is at work, whose file may be half written."""
+    """Copy ``dvc.lock``, if it is whole, and remove what would count as an output; not where another DVC is at work,
+    whose files may be half written."""
     with dvc_stands_still(root, WAIT_SECONDS if wait else 0.0) as still:
         if not still:
             return
+        _mend_artifacts(root)
         text, whole = _text(root / LOCK), _text(root / WHOLE)
         if text and text != whole and not is_cut(text, whole or ""):
             (root / WHOLE).parent.mkdir(exist_ok=True)

@@ -205,7 +205,8 @@ def in_prefect() -> Iterator[Case]:
 def served() -> Iterator[Case]:
     """A served workspace: serve, what it has started, and what those start."""
     cases = Cases("served", "clevrcast serve")
-    for victim in ("serve", "Prefect's worker", "Prefect's server"):
+    servants: tuple[Role, ...] = ("serve", "Prefect's worker", "Prefect's server")
+    for victim in servants:
         cases.add(victim, "idle", None, "KILL", "TERM")
         cases.add(victim, "flow run loading", flow_run(*FLOW_LOADS))
         cases.add(victim, "stage computing", stage(*STUB_COMPUTES))
