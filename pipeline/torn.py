@@ -8,7 +8,7 @@ the middle of something, and it is kept. What people have made of it (conflict m
 as it is, and DVC tells.
 
 ``.dvc/tmp/rwlock``, the list of paths that running stages use, is written in place too. Unreadable it is removed;
-entries of processes that are no DVC any more are taken out.
+entries whose process id belongs to what is no DVC are taken out.
 
 A folder of the run cache is made before the entry in it; DVC stumbles over an empty one, which is removed.
 
@@ -95,7 +95,11 @@ def is_cut(text: str, whole: str) -> bool:
         return False
     stages, before = _entries(text), _entries(whole)
     last = list(stages)[-1] if stages else ""
-    in_the_middle = not text.endswith("\n") or stages.get(last, 0) < before.get(last, 0)
+    in_the_middle = (
+        not text.endswith("\n")
+        or text.endswith(":\n")  # a key without its value
+        or stages.get(last, 0) < before.get(last, 0)
+    )
     if not in_the_middle or (before.keys() <= stages.keys() and _usable(text)):
         return False
     return _parsed(text[: text.rfind("\n") + 1]) is not None  # what stands before the last line is as DVC writes it
@@ -122,12 +126,15 @@ def dvc_stands_still(root: Path, seconds: float) -> Iterator[bool]:
 
 
 def _mend_paths(root: Path, say: Callable[[str], object]) -> None:
-    """Take out of DVC's list of claimed paths what no DVC of this workspace can have meant, all of it if need be.
+    """Take out of DVC's list of claimed paths what would be in its way for ever; all of it, if nobody can read it.
 
-    DVC itself drops entries of processes that are no more, but not those whose process id has gone to another program,
-    as after a restart of a container.
+    DVC itself drops entries of processes that are no more, but not those whose process id has gone to another program
+    (as after a restart of a container), or whose process is dead and not yet waited for.
     """
-    from pipeline.health.locks import is_dvc  # a stage, which only copies, does without
+    from pipeline.health.locks import exists, is_dvc  # a stage, which only copies, does without
+
+    def stands(info: dict[str, Any]) -> bool:
+        return not exists(info["pid"]) or is_dvc(info["pid"], root)
 
     file = root / TMP / "rwlock"
     text = _text(file)
@@ -136,17 +143,17 @@ def _mend_paths(root: Path, say: Callable[[str], object]) -> None:
     try:
         listed = json.loads(text)
         kept = {
-            "write": {path: info for path, info in listed.get("write", {}).items() if is_dvc(info["pid"], root)},
+            "write": {path: info for path, info in listed.get("write", {}).items() if stands(info)},
             "read": {
                 path: left
                 for path, infos in listed.get("read", {}).items()
-                if (left := [info for info in infos if is_dvc(info["pid"], root)])
+                if (left := [info for info in infos if stands(info)])
             },
         }
     except (ValueError, KeyError, TypeError, AttributeError):
         listed = kept = {}
         say(f"{file.relative_to(root)} could not be read, since DVC was killed while writing it: it is removed")
-    if not any(kept.values()):
+    if not kept:
         file.unlink()
     elif kept != listed:
         write_atomically(file, json.dumps(kept))

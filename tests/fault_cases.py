@@ -87,7 +87,8 @@ class Cases:
     """Cases of one pipeline, in one way of running it."""
 
     def __init__(self, bed: str, way: Way, target: str = "") -> None:
-        self.bed, self.way, self.target = bed, way, target
+        self.bed, self.target = bed, target
+        self.way: Way = way
         self.all: list[Case] = []
 
     def add(self, victim: Role, phase: str, halt: Halt | None, *signs: Sign, **more: Any) -> None:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from copy import copy
 from dataclasses import asdict, dataclass, field
@@ -112,18 +112,20 @@ class MissedError(Exception):
 
 
 @dataclass(frozen=True)
+class Whole:
+    """What an uninterrupted run of a target leaves: ``dvc.lock``, the digests of all outputs, the target's units."""
+
+    lock: str
+    digests: dict[str, str]
+    units: int
+
+
 class Bed:
     """A pipeline that is ready to be run, and what an uninterrupted run makes of it."""
 
-    workspace: Workspace
-    environment: dict[str, str]
-    lock: dict[str, str]
-    """``dvc.lock`` after a run of a target ("" for all)."""
-    digests: dict[str, dict[str, str]]
-    units: dict[str, int]
-    """How many units a target has."""
-    prefect: Path
-    """A ``PREFECT_HOME`` that has its tables."""
+    def __init__(self, workspace: Workspace, folder: Path, environment: dict[str, str]) -> None:
+        self.workspace, self.folder, self.environment = workspace, folder, environment
+        self._whole: dict[str, Whole] = {}
 
     def fresh(self, folder: Path) -> Workspace:
         """A copy of its own."""
@@ -131,6 +133,16 @@ class Bed:
         made = copy(self.workspace)
         made.folder = folder
         return made
+
+    def whole(self, target: str) -> Whole:
+        """Of a stage and what it needs, or of everything ("")."""
+        if target not in self._whole:
+            twin = self.fresh(self.folder / f"whole-{target}")
+            twin.environment = {**twin.environment, **self.environment}
+            twin.dvc("repro", *([target] if target else []))
+            units = [unit for unit in finished(twin) if f"/.work/{target}/" in unit]
+            self._whole[target] = Whole((twin.folder / "dvc.lock").read_text(), twin.digests("."), len(units))
+        return self._whole[target]
 
 
 @dataclass(frozen=True)
@@ -223,9 +235,10 @@ def strike(case: Case, token: str, halted: int, run: subprocess.Popen[bytes]) ->
     go_on(halted, token)
 
 
-def check_done(case: Case, units: Sequence[str], of: int) -> None:
-    """Whether as many units are finished as the phase says."""
-    there = "none" if not units else "all" if len(units) == of else "some"
+def check_done(case: Case, finished: Iterable[str], of: int) -> None:
+    """Whether as many units of the target are finished as the phase says."""
+    units = sum(f"/.work/{case.target}/" in unit for unit in finished)
+    there = "none" if not units else "all" if units == of else "some"
     if case.done not in ("", there):
         raise MissedError(f"{there} of the units are finished, not {case.done}")
 
@@ -276,6 +289,7 @@ def carry_out(case: Case, bed: Bed, folder: Path) -> Row:
         MissedError: the phase was not hit.
     """
     row, token = Row.of(case), uuid.uuid4().hex
+    bed.whole(case.target)
     workspace, log = bed.fresh(folder / "checkout"), folder / "run.log"
     halting = Halting(folder / "halt.json")
     assert case.halt is not None
@@ -283,7 +297,7 @@ def carry_out(case: Case, bed: Bed, folder: Path) -> Row:
     environment = {**workspace.environment, **bed.environment, TOKEN: token}
     environment |= halting.environment(environment)
     if "--prefect" in case.way:
-        environment["PREFECT_HOME"] = str(shutil.copytree(bed.prefect, folder / "prefect"))
+        environment["PREFECT_HOME"] = str(folder / "prefect")
     try:
         with ExitStack() as others, log.open("wb") as out:
             if case.held:  # one of our locks, or DVC's, is in other hands
@@ -298,7 +312,7 @@ def carry_out(case: Case, bed: Bed, folder: Path) -> Row:
             )
             halted = wait_for_hit(halting, run)
             before, began = finished(workspace), time.monotonic()
-            check_done(case, [unit for unit in before if f"/.work/{case.target}/" in unit], bed.units[case.target])
+            check_done(case, before, bed.whole(case.target).units)
             strike(case, token, halted, run)
             if case.victim == "run":
                 run.wait(60)
@@ -309,7 +323,7 @@ def carry_out(case: Case, bed: Bed, folder: Path) -> Row:
         end_all(token)
         row.failures += [f"still held: {held}" for held in held_leases(workspace)]
         row.outcome = "went on to its end" if code == 0 else f"ended with {code}"
-        row.kept_units = len(before)
+        row.kept_units = sum(f"/.work/{case.target}/" in unit for unit in before)
         go_on_and_compare(case, bed, workspace, row, before, completed=code == 0)
         row.failures += [f"left running by the next run: {process.command}" for process in ours(token)]
     finally:
@@ -337,9 +351,9 @@ def go_on_and_compare(
     after = finished(workspace)
     lost = [unit for unit in before if after.get(unit) != before[unit]]
     row.failures += [f"lost or built again: {unit}" for unit in lost]
-    if (workspace.folder / "dvc.lock").read_text() != bed.lock[case.target]:
+    if (workspace.folder / "dvc.lock").read_text() != bed.whole(case.target).lock:
         row.failures.append("dvc.lock is another one")
-    if workspace.digests(".") != bed.digests[case.target]:
+    if workspace.digests(".") != bed.whole(case.target).digests:
         row.failures.append("other outputs")
     row.failures += [f"left: {file}" for file in (workspace.folder / ".work").rglob(".*.building")]
     row.failures += [f"still held: {held}" for held in held_leases(workspace)]

@@ -42,8 +42,9 @@ class ServedBed:
     """A served workspace, which goes from one kill to the next."""
 
     def __init__(self, workspace: Workspace, folder: Path) -> None:
-        """``workspace`` is up to date, with the first of the values."""
         self.lock, self.digests = {}, {}
+        edit(workspace, VALUES[0])
+        workspace.dvc("repro", "-q")
         twin = copy(workspace)
         twin.folder = folder / "twin"
         shutil.copytree(workspace.folder, twin.folder, symlinks=True)

@@ -9,16 +9,17 @@ A handful of cases run with the suite. All of them, and their table::
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
 import pytest
 
 from tests.fault_cases import CASES
-from tests.faults import WORKERS, Bed, Case, MissedError, carry_out, edit, finished
+from tests.fault_table import table
+from tests.faults import WORKERS, Bed, Case, MissedError, carry_out, edit
 from tests.served_faults import ServedBed, carry_out_served
-from tests.workspace import Workspace, local_workspace, stub_workspace, write_source
+from tests.workspace import local_workspace, stub_workspace, write_source
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ALL = os.environ.get("CLEVRCAST_FAULTS") == "all"
@@ -32,6 +33,8 @@ def beds(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Beds]
     made = Beds(root, tmp_path_factory.mktemp("beds"))
     yield made
     made.end()
+    if TABLE:
+        (Path(TABLE) / "table.md").write_text(table(Path(TABLE), [case.id for case in CASES]))
 
 
 class Beds:
@@ -68,9 +71,7 @@ def real_bed(root: Path, folder: Path) -> Bed:
     workspace.keep_stages("acquire", "decode", "label", "flow")
     workspace.repro("acquire", "label")
     workspace.commit("ready")
-    return uninterrupted(
-        workspace, ["decode", "flow"], folder, {"CLEVRCAST_WORKERS": str(WORKERS), "CLEVRCAST_GPUS": ""}
-    )
+    return Bed(workspace, folder, {"CLEVRCAST_WORKERS": str(WORKERS), "CLEVRCAST_GPUS": ""})
 
 
 def stub_bed(root: Path, folder: Path) -> Bed:
@@ -78,20 +79,7 @@ def stub_bed(root: Path, folder: Path) -> Bed:
     (folder / "checkout").mkdir(parents=True)
     workspace = stub_workspace(root, folder / "checkout", STUBS)
     edit(workspace, 48)
-    return uninterrupted(workspace, [""], folder, {"CLEVRCAST_GPUS": "fake:0"})
-
-
-def uninterrupted(workspace: Workspace, targets: Sequence[str], folder: Path, environment: dict[str, str]) -> Bed:
-    """The bed, with what runs of the targets make of it."""
-    bed = Bed(workspace, environment, {}, {}, {}, folder / "prefect")
-    bed.prefect.mkdir()
-    for target in targets:
-        twin = bed.fresh(folder / f"whole-{target}")
-        twin.dvc("repro", *([target] if target else []))
-        bed.lock[target] = (twin.folder / "dvc.lock").read_text()
-        bed.digests[target] = twin.digests(".")
-        bed.units[target] = len([unit for unit in finished(twin) if f"/.work/{target}/" in unit])
-    return bed
+    return Bed(workspace, folder, {"CLEVRCAST_GPUS": "fake:0"})
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if ALL or case.among], ids=lambda case: case.id)
