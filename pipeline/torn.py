@@ -87,6 +87,12 @@ def keep(root: Path, *, wait: bool = True) -> None:
             write_atomically(root / WHOLE, text)
 
 
+def can_be_put_back(root: Path) -> bool:
+    """Whether ``dvc.lock`` is cut off, and there is a copy."""
+    text, whole = _text(root / LOCK), _text(root / WHOLE)
+    return text is not None and whole is not None and is_cut(text, whole)
+
+
 def is_cut(text: str, whole: str) -> bool:
     """Whether ``text`` is the beginning of a ``dvc.lock`` that was being written, ``whole`` being one from before."""
     if not text:

@@ -228,4 +228,12 @@ def served() -> Iterator[Case]:
     yield from cases.all
 
 
+WITH_THE_SUITE = {
+    "dvc-repro-decode-dvc-stage-computing-some-shards-finished-kill",
+    "dvc-repro-decode-worker-computing-its-first-shard-kill",
+    "dvc-repro-dvc-dvc-lock-just-emptied-kill",
+    "dvc-repro-dvc-writing-into-the-run-cache-kill",
+    "clevrcast-run-dvc-list-of-claimed-paths-just-emptied-kill",
+    "clevrcast-run-run-stage-computing-on-a-device-kill",
+}
 CASES: Sequence[Case] = [*real(), *stubs(), *in_prefect(), *served()]

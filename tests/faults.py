@@ -73,8 +73,6 @@ class Case:
     """A lock that somebody else holds meanwhile, so that the run waits for it."""
     done: str = ""
     """How many units are finished in that phase: none, some or all of them; "" where there are none."""
-    among: bool = False
-    """Whether it runs with the whole suite."""
 
     @property
     def id(self) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fault_cases import CASES
+from tests.fault_cases import CASES, WITH_THE_SUITE
 from tests.fault_table import table
 from tests.faults import WORKERS, Bed, Case, MissedError, carry_out, edit
 from tests.served_faults import ServedBed, carry_out_served
@@ -82,7 +82,7 @@ def stub_bed(root: Path, folder: Path) -> Bed:
     return Bed(workspace, folder, {"CLEVRCAST_GPUS": "fake:0"})
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if ALL or case.among], ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [case for case in CASES if ALL or case.id in WITH_THE_SUITE], ids=lambda case: case.id)
 def test_a_kill(case: Case, beds: Beds, tmp_path: Path) -> None:
     for number in range(1, TRIES + 1):
         (folder := tmp_path / str(number)).mkdir()

@@ -14,6 +14,7 @@ import pytest
 
 from pipeline import torn
 from pipeline.errors import WorkspaceError
+from pipeline.health.workspace import lock_file
 
 ENTRY = """\
   {title}:
@@ -87,6 +88,7 @@ def test_a_cut_lock_is_put_back_and_kept(root: Path) -> None:
     for cut in ("", OTHER[:300]):
         (root / "dvc.lock").write_text(cut)
         torn.keep(root)  # takes no copy of it
+        assert "clevrcast run" in next(iter(lock_file(root))).remedy
         torn.mend(root, said.append)
         assert (root / "dvc.lock").read_text() == WHOLE
         assert (root / torn.CUT).read_text() == cut

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline import torn
 from pipeline.health.checks import ARTIFACTS, WORK, Finding, bad, good, listed, one_line, warning, writable
 from pipeline.health.locks import lease_holder
 from pipeline.health.machine import dvc_config
@@ -110,7 +111,11 @@ def lock_file(root: Path) -> Iterator[Finding]:
     if not file.exists():
         yield warning("dvc.lock was deleted", back) if tracked else good("there is no dvc.lock yet: nothing has run")
         return
-    if fault := _lock_fault(file):
+    if torn.can_be_put_back(root):
+        yield bad(
+            "dvc.lock is cut off: DVC was killed while writing it", f"clevrcast run (it goes back to {torn.WHOLE})"
+        )
+    elif fault := _lock_fault(file):
         yield bad(f"dvc.lock is damaged or half-written: {fault}", back)
     else:
         yield good("dvc.lock is whole")
