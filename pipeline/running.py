@@ -186,7 +186,7 @@ def prepared(root: Path, targets: Sequence[str] = ()) -> Board:
         wanted.update(found)
     for stage in reversed(stages):
         wanted.update(stage.upstream if stage.title in wanted else ())
-    return Board([stage for stage in stages if stage.title in wanted and stage.state != "kept"])
+    return Board([stage for stage in stages if stage.title in wanted and stage.state != "kept"], stages)
 
 
 def carry_out(board: Board, through: Through, *, jobs: int | None, stopped: Callable[[], bool]) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import json
+import re
 import shutil
 import signal
 import sqlite3
@@ -130,7 +133,12 @@ def test_prefect_sees_every_stage_and_the_result_is_the_same(workspace: Workspac
         (flow_state,) = base.execute("select state_name from flow_run").fetchone()
     assert ended["train@latent_warp"] == ended["evaluate@latent_warp"] == "Completed"
     assert ended["train@advect"] == flow_state == "Failed"
-    assert "evaluate@advect: skipped" in artifacts["graph"]
+    drawn = base64.b64decode(artifacts["graph"].split("base64,")[1].rstrip(')"')).decode()
+    assert re.search(r"evaluate@advect</text>\n.*skipped</text>", drawn)
+    rows = {row["stage"]: row for row in json.loads(json.loads(artifacts["stages"]))}
+    assert rows["decode"]["became"] == "unchanged"
+    assert rows["train@advect"]["became"] == "failed"
+    assert "predictors.advect.seed" in rows["train@advect"]["why"]
     assert "Running stage 'train@latent_warp':" in logs
     assert {"stages", "metrics"} < artifacts.keys()
     (workspace.folder / "fail-train@advect").unlink()
