@@ -23,9 +23,10 @@ from pipeline.errors import PipelineError, WorkspaceError, disk_full
 from pipeline.executors import Call, crew_for, helped_fingerprint, is_part, part_of, single_thread
 from pipeline.journal import BadItem, Built, Plan, Unit, digest_of, lease, missing
 from pipeline.params import Params, load_params
+from pipeline.peers import agree, watched
 from pipeline.process import die_with_parent
-from pipeline.ranks import launched, own_devices, rank
-from pipeline.shards import Make, build_free_units, build_units, unfinished
+from pipeline.ranks import become_torchrun, launched, own_devices, rank, world_size
+from pipeline.shards import Make, build_free_units, build_units, kept_state, unfinished
 
 ARTIFACTS = Path("artifacts")
 WORK = Path(".work")
@@ -102,6 +103,8 @@ class Job:
         """
         folder = self.work / fingerprint
         _check_same_disk()
+        if world_size() > 1:
+            agree(_seen(folder, units), _ONE_STORE)
         if rank():
             raise Finished(_compute_along(folder, units, make))
         if len(units) > 1:
@@ -163,6 +166,23 @@ class Job:
             return build_units(folder, units, make, what=self.title, counted=counted, crew=crew)
 
 
+_ONE_STORE = (
+    "give every node the same params.yaml and code, and the same artifacts and .work by a file system that they share; "
+    "one that shows changes late may need a minute"
+)
+
+
+def _seen(folder: Path, units: Sequence[Unit]) -> dict[str, str]:
+    """What the processes of a torchrun must see alike, or they would train different things and wait for ever."""
+    states = [file for unit in units for file in sorted(kept_state(unfinished(folder, unit)).glob("*"))]
+    return {
+        "the fingerprint of parameters, code and weights": folder.name,
+        "the digest of the data": digest_of([unit.key() for unit in units]),
+        "what is left to build": ", ".join(unit.label for unit in missing(folder, units)) or "nothing",
+        "the interrupted run": ", ".join(f"{file.name} of {file.stat().st_size} bytes" for file in states) or "none",
+    }
+
+
 def _compute_along(folder: Path, units: Sequence[Unit], make: Make) -> int:
     """What every process of a torchrun but the first does: its share of the computing, and no books."""
     absent = missing(folder, units)
@@ -208,9 +228,12 @@ def run_stage(name: str, run: Callable[[Job], None], *, keyed: bool = False, tog
         if not Path("dvc.yaml").exists():
             raise WorkspaceError(f"no dvc.yaml in {Path.cwd()}", remedy="run at the top of a clevrcast checkout")
         key = arguments[0] if keyed else ""
-        job = Job(name, key, load_params(Path("params.yaml")), Path.cwd(), own_devices(devices()))
-        with _stage_lease(job):
-            run(job)
+        if together:
+            become_torchrun(f"stages.{name}", arguments)
+        with watched(Finished):
+            job = Job(name, key, load_params(Path("params.yaml")), Path.cwd(), own_devices(devices()))
+            with _stage_lease(job):
+                run(job)
     except Finished as finished:
         if str(finished):
             print(finished)
