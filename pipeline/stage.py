@@ -161,7 +161,8 @@ class Job:
             if hint := adoptable(folder, self._made_of[fingerprint]):
                 print(hint, flush=True)
         on = self.devices if computes else ("cpu",)
-        call = Call(self.name, self.key, self.root, fingerprint, on, self.work / "workers.log")
+        log, single = self.work / "workers.log", len(units) == 1
+        call = Call(self.name, self.key, self.root, fingerprint, on, log, computes, single)
         with crew_for(call, len(absent)) as crew:
             return build_units(folder, units, make, what=self.title, counted=counted, crew=crew)
 
@@ -273,9 +274,9 @@ def _record(job: Job, seconds: float) -> None:
     print(f"{job.title}: {job.made} units built, {len(job.built) - job.made} found ready, {seconds:.1f} s")
 
 
-def read_runs() -> dict[str, dict[str, Any]]:
+def read_runs(folder: Path = RUNS) -> dict[str, dict[str, Any]]:
     """The record of every stage's last run on this machine, by title (``flow``, ``train@latent_warp``)."""
-    return {file.stem: json.loads(file.read_text()) for file in sorted(RUNS.glob("*.json"))}
+    return {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
 
 
 def _check_same_disk() -> None:
