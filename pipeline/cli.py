@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from rich.table import Table
 from pipeline import profiles, upkeep
 from pipeline.adoption import SAMPLE
 from pipeline.code_deps import stale_deps, write_deps
-from pipeline.errors import PipelineError, WorkspaceError
+from pipeline.errors import PipelineError, StoppedError, WorkspaceError, explained
 from pipeline.executors import PART, part_of
 from pipeline.params import reference
 from pipeline.stage import WORK, read_runs
@@ -42,6 +43,7 @@ MEASURED = (
 
 
 PROGRAMS = {
+    "doctor": "whether this machine and this workspace can do the work, and what to do where they cannot",
     "verify": "compare every stored byte with its digest; --repair rebuilds what is damaged",
     "teachers": "accuracy and speed of every flow teacher at hand against truth",
     "animate": "a still image set in motion, by a video's or a drawn motion",
@@ -60,9 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser().error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return arguments.run(arguments)
-    except PipelineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    except (PipelineError, OSError) as error:
+        told = explained(error, Path.cwd(), "working there") if isinstance(error, OSError) else error
+        if told is None:
+            raise
+        print(f"{'' if isinstance(told, StoppedError) else 'error: '}{told}", file=sys.stderr)
+        return told.exit_code
 
 
 def parser() -> argparse.ArgumentParser:
@@ -75,9 +80,29 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="for programs")
     plan.set_defaults(run=_plan)
     run = commands.add_parser("run", help="what `dvc repro` does, independent stages side by side")
+    run.add_argument("targets", nargs="*", metavar="STAGE", help="bring up to date what these need only")
     run.add_argument("--jobs", type=int, help="stages at once (default: one per GPU, else one per two cores)")
     run.add_argument("--prefect", action="store_true", help="as a Prefect flow; so it is where PREFECT_API_URL is set")
     run.set_defaults(run=_run)
+    experiment = commands.add_parser("experiment", help="the workspace with other parameters, beside it, as a dvc exp")
+    experiment.add_argument("name")
+    experiment.add_argument("targets", nargs="*", metavar="STAGE", help="only what these need")
+    for option, text in (
+        ("--set", "for every experiment"),
+        ("--over", "a list, an experiment for each of its values"),
+    ):
+        experiment.add_argument(option, action="append", default=[], metavar="KEY=VALUE", help=f"{text}; YAML")
+    experiment.add_argument("--jobs", type=int, default=1, help="experiments at once (default 1)")
+    experiment.set_defaults(run=_experiment)
+    serve = commands.add_parser("serve", help="rebuild on a schedule, after edits and on demand, by Prefect")
+    serve.add_argument("--name", help="of the deployments (default: the folder's)")
+    serve.add_argument("--host", default="127.0.0.1", help="address of a server that is started (default: loopback)")
+    serve.add_argument("--port", type=int, default=4200)
+    serve.add_argument("--cron", help="rebuild on this schedule, as in '0 3 * * *'")
+    serve.add_argument("--every", type=float, metavar="SECONDS", help="rebuild that often")
+    serve.add_argument("--settle", type=float, default=2.0, metavar="SECONDS", help="quiet after an edit (default 2)")
+    serve.add_argument("--pool", choices=("process", "docker", "kubernetes"), default="process", help="what runs are")
+    serve.set_defaults(run=_serve)
     results = commands.add_parser("results", help="print the table of the last report and where the page is")
     results.set_defaults(run=_results)
     params = commands.add_parser("params", help="list every key of params.yaml with its type, default and meaning")
@@ -152,7 +177,40 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.jobs is not None and arguments.jobs < 1:
         raise WorkspaceError(f"--jobs is {arguments.jobs}", remedy="use a number from 1 on")
     prefect = arguments.prefect or bool(os.environ.get("PREFECT_API_URL"))
-    return running.run(root, jobs=arguments.jobs, prefect=prefect, console=_console())
+    running.run(root, targets=arguments.targets, jobs=arguments.jobs, prefect=prefect, console=_console())
+    return 0
+
+
+def _experiment(arguments: argparse.Namespace) -> int:
+    from pipeline import running, sweep
+
+    root = _root()
+    changes, over = (dict(map(sweep.assignment, given)) for given in (arguments.set, arguments.over))
+    wanted = sweep.trials(root, arguments.name, changes, over, arguments.targets)
+    with running.asked_to_stop() as stop:
+        results = sweep.side_by_side(root, wanted, jobs=arguments.jobs, stopped=stop.is_set, said=print)
+    _console().print(sweep.as_table(results))
+    print("`dvc exp show` has every metric, `dvc exp apply NAME` takes an experiment over")
+    sweep.check(results)
+    return 0
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from pipeline.serve import Served, serve
+
+    root = _root()
+    served = Served(
+        root=root.resolve(),
+        name=arguments.name or root.resolve().name,
+        host=arguments.host,
+        port=arguments.port,
+        pool=arguments.pool,
+        cron=arguments.cron,
+        every_seconds=arguments.every,
+        settle_seconds=arguments.settle,
+    )
+    serve(served, lambda line: print(time.strftime("%H:%M:%S"), line, flush=True))
+    return 0
 
 
 def _params(_: argparse.Namespace) -> int:
@@ -240,7 +298,8 @@ def _clean(arguments: argparse.Namespace) -> int:
 
 
 def _program(arguments: argparse.Namespace) -> int:
-    _root()
+    if arguments.program != "doctor":  # which says so itself, among the rest
+        _root()
     return _call(f"stages.{arguments.program}", *arguments.rest)
 
 

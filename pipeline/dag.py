@@ -29,6 +29,7 @@ from pipeline.errors import WorkspaceError
 State = Literal["kept", "restored", "linked", "computed", "open"]
 """What becomes of a stage: nothing; its outputs come back from DVC's cache; it runs, finds every unit finished and
 links it; it runs and computes; or that depends on what the stages before it will give."""
+RETRIES = 2
 Kind = Literal["new", "command", "parameter", "code", "data", "output", "upstream"]
 
 
@@ -55,6 +56,8 @@ class Foreseen:
     """Devices it computes on, from ``meta`` in dvc.yaml."""
     limit_seconds: float | None
     """How long it may take, likewise."""
+    retries: int
+    """How often it is tried again where that may help, likewise."""
 
     @property
     def certain(self) -> bool:
@@ -81,6 +84,11 @@ def foresee(root: Path, finished: Callable[[str, Sequence[str]], bool]) -> list[
             f"DVC cannot read the pipeline: {error}",
             remedy="mend dvc.yaml, dvc.lock or params.yaml; `dvc status` tells",
         ) from error
+
+
+def cache_folder(root: Path) -> Path:
+    """Where DVC keeps the outputs of the checkout ``root``."""
+    return Path(Repo(str(root)).cache.local_cache_dir)
 
 
 class _Walk:
@@ -118,8 +126,8 @@ class _Walk:
         before = tuple(sorted(s.addressing for s in self.graph.successors(stage)))
         meta = stage.meta or {}
         limit = float(meta["limit_seconds"]) if "limit_seconds" in meta else None
-        gpus = int(meta.get("gpus", 0))
-        return Foreseen(stage.addressing, state, tuple(reasons), before, _code(stage), gpus, limit)
+        gpus, retries = int(meta.get("gpus", 0)), int(meta.get("retries", RETRIES))
+        return Foreseen(stage.addressing, state, tuple(reasons), before, _code(stage), gpus, limit, retries)
 
     def _state(
         self, stage: Any, reasons: list[Reason], awaited: list[str], hashes: Mapping[Any, HashInfo | None]

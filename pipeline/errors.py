@@ -52,6 +52,35 @@ def disk_full(error: OSError, folder: Path, doing: str) -> DiskFullError | None:
 
 
 class WorkspaceError(PipelineError):
-    """The folder is not a clevrcast checkout, or DVC is not ready in it."""
+    """The folder is not a clevrcast checkout, or not one that can be worked in."""
 
     exit_code = 5
+
+
+class StoppedError(PipelineError):
+    """Ctrl-C, SIGTERM or a cancelled run ended it; everything finished so far is kept."""
+
+    exit_code = 130
+
+
+DEFECT = 70
+"""Exit code of an error that is our fault (shown with its traceback)."""
+
+
+def explained(error: OSError, folder: Path, doing: str) -> PipelineError | None:
+    """What to raise instead of an `OSError` that tells of the machine, not of us; None if it does not.
+
+    A full disk, a file system that is mounted read-only or belongs to somebody else, one without locks.
+    """
+    where = error.filename or folder
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return WorkspaceError(
+            f"{where} cannot be written ({error.strerror}) while {doing}",
+            remedy="mount the file system for writing, or run as the owner of the checkout (`ls -ld . .work .dvc`)",
+        )
+    if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+        return WorkspaceError(
+            f"{where}: this file system has no locks ({error.strerror}), so nothing would keep two writers apart",
+            remedy="mount it with locks (NFSv4; Lustre with `flock`), or work on a local disk",
+        )
+    return disk_full(error, folder, doing)

@@ -5,7 +5,7 @@ An overlay follows JSON Merge Patch (RFC 7396): mappings merge, anything else re
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +34,27 @@ def apply(root: Path, name: str) -> list[str]:
     file = root / FOLDER / f"{name}.yaml"
     if not file.exists():
         raise ParamsError(f"there is no profile {name!r}", remedy=f"choose one of {', '.join(available(root))}")
+    changes: list[str] = []
+    edit(root / "params.yaml", lambda params: merge(params, read_yaml(file), changes), f"profile {name}")
+    return changes
+
+
+def edit(path: Path, change: Callable[[Any], None], what: str) -> None:
+    """Let ``change`` alter the parameters in ``path`` in place and write them back with their comments, once they are
+    found to be right.
+
+    Raises:
+        ParamsError: they are wrong with ``what``; nothing has been written.
+    """
     yaml = YAML()
     yaml.width = 120
     yaml.indent(mapping=2, sequence=4, offset=2)
-    path = root / "params.yaml"
     params = yaml.load(path)
-    changes: list[str] = []
-    merge(params, read_yaml(file), changes)
-    parse_params(_plain(params), f"params.yaml with profile {name}")
-    temporary = path.with_name(".params.yaml.new")
+    change(params)
+    parse_params(_plain(params), f"{path.name} with {what}")
+    temporary = path.with_name(f".{path.name}.new")
     yaml.dump(params, temporary)
     temporary.replace(path)
-    return changes
 
 
 def merge(target: Any, overlay: Mapping[str, Any], changes: list[str], where: str = "") -> None:

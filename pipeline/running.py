@@ -1,43 +1,55 @@
 """`clevrcast run`: every stage that does not stay as it is, in the order of the graph, independent ones side by side.
 
 Each stage is one `pipeline.reproduce.reproduce`, so the result is that of `dvc repro`: the same ``dvc.lock``, the same
-bytes. Stages that the plan keeps are not started at all.
+bytes. Stages that the plan keeps are not started at all. A workspace is run by one process at a time.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Protocol
 
 from rich.console import Console
-from rich.live import Live
-from rich.table import Table
 
+from pipeline.board import LOOK_SECONDS, Board, failures, shown
+from pipeline.children import API, unreachable
 from pipeline.dag import Foreseen
 from pipeline.devices import DEVICE
-from pipeline.errors import PipelineError
-from pipeline.journal import Plan, missing
+from pipeline.errors import BusyError, StoppedError, WorkspaceError, explained
+from pipeline.health.server import answers
+from pipeline.journal import lease
 from pipeline.leases import leased
+from pipeline.notify import told_if_it_fails
+from pipeline.params import load_params
 from pipeline.plan import foreseen
 from pipeline.reproduce import RETRIED, Outcome, reproduce
 from pipeline.stage import WORK
-from pipeline.upkeep import newest
 
 DEVICES = "CLEVRCAST_GPUS"
 """Devices that stages with ``meta: gpus`` may lease, as in ``cuda:0,cuda:1``; else every CUDA device, unless
 ``CLEVRCAST_DEVICE`` names one for everything."""
-TRIES = 3
-LAST_LINES = 15
-LOOK_SECONDS = 1.0
+RUN_LOCK = WORK / "run.lock"
+WAIT_SECONDS = 3.0
+"""Before a second try; twice as long before a third, and so on: whoever was in the way may have gone."""
 
-Work = Callable[[Foreseen], Outcome]
+Said = Callable[[str], object]
+
+
+class Work(Protocol):
+    """Runs one stage; ``said`` gets its lines."""
+
+    def __call__(self, stage: Foreseen, said: Said = ...) -> Outcome: ...
+
+
+Through = Callable[[Sequence[Foreseen], Work, Board], object]
+"""Runs the stages, each after those before it."""
 
 
 def leasable() -> list[str]:
@@ -51,70 +63,42 @@ def leasable() -> list[str]:
     return [f"cuda:{index}" for index in range(torch.cuda.device_count())]
 
 
-@dataclass
-class Board:
-    """What stands about every stage, for whoever shows it."""
-
-    stages: Sequence[Foreseen]
-    running: dict[str, str] = field(default_factory=dict)
-    """Title -> what it runs on."""
-    outcomes: dict[str, Outcome] = field(default_factory=dict)
-
-    def table(self) -> Table:
-        """One line per stage: how it stands, shards, seconds."""
-        table = Table(title="stages")
-        for name, right in (("stage", False), ("", False), ("units", True), ("seconds", True)):
-            table.add_column(name, justify="right" if right else "left", no_wrap=True)
-        for stage in self.stages:
-            outcome = self.outcomes.get(stage.title)
-            if outcome is not None:
-                table.add_row(stage.title, outcome.what, "", f"{outcome.seconds:.1f}")
-            elif stage.title in self.running:
-                on = self.running[stage.title]
-                table.add_row(stage.title, f"running{f' on {on}' if on else ''}", units(stage.title), "")
-            else:
-                table.add_row(stage.title, "waiting", "", "")
-        return table
-
-
-def units(title: str) -> str:
-    """Finished units of a stage's present run, "3 of 7"; nothing where none are on record."""
-    folder = newest(WORK, title)
-    if folder is None:
-        return ""
-    plan = Plan.load(folder)
-    return f"{len(plan.units) - len(missing(folder, plan.units))} of {len(plan.units)}"
-
-
 def stage_work(board: Board, devices: Sequence[str], *, jobs: int, stopped: Callable[[], bool]) -> Work:
     """What is done for one stage: wait for one of ``jobs`` places, lease its devices, run it, try again where that may
     help. It never raises; how it ended also stands on the board."""
     places = threading.BoundedSemaphore(jobs)
 
-    def work(stage: Foreseen) -> Outcome:
+    def work(stage: Foreseen, said: Said = lambda line: None) -> Outcome:
         with places:
             try:
                 with leased(devices, stage.gpus, stopped=stopped) as held:
-                    outcome = attempts(stage, held)
+                    outcome = attempts(stage, held, said)
             except InterruptedError:
                 outcome = Outcome(stage.title, "stopped")
-        board.outcomes[stage.title] = outcome
-        return outcome
+            except OSError as error:  # of the machine: no log, no lease, no process
+                message = str(explained(error, WORK, "starting the stage") or error)
+                outcome = Outcome(stage.title, "failed", exit_code=WorkspaceError.exit_code, message=message)
+        return board.end(outcome)
 
-    def attempts(stage: Foreseen, held: Sequence[str]) -> Outcome:
+    def attempts(stage: Foreseen, held: Sequence[str], said: Said) -> Outcome:
         environment = {DEVICE: held[0]} if held else {}
         board.running[stage.title] = ", ".join(held)
         try:
-            outcome = Outcome(stage.title, "stopped")
-            for _ in range(TRIES):
-                if stopped():
-                    return Outcome(stage.title, "stopped")
+            for number in range(1, stage.retries + 2):
+                board.events.tell("stage started", stage=stage.title, devices=held, attempt=number)
+                limit = stage.limit_seconds
                 outcome = reproduce(
-                    stage.title, environment=environment, limit_seconds=stage.limit_seconds, stopped=stopped
+                    stage.title, environment=environment, limit_seconds=limit, stopped=stopped, said=said
                 )
-                if outcome.exit_code not in RETRIED:
+                if outcome.exit_code not in RETRIED or number > stage.retries:
+                    return outcome
+                said(f"exit code {outcome.exit_code}: tried again in {WAIT_SECONDS * number:.0f} s")
+                until = time.monotonic() + WAIT_SECONDS * number
+                while time.monotonic() < until and not stopped():
+                    time.sleep(LOOK_SECONDS / 10)
+                if stopped():
                     break
-            return outcome
+            return Outcome(stage.title, "stopped")
         finally:
             del board.running[stage.title]
 
@@ -129,8 +113,7 @@ def in_threads(stages: Sequence[Foreseen], work: Work, board: Board) -> None:
     def after(stage: Foreseen, earlier: Sequence[Future[Outcome]]) -> Outcome:
         if all(future.result().good for future in earlier):
             return work(stage)
-        board.outcomes[stage.title] = skipped = Outcome(stage.title, "skipped")
-        return skipped
+        return board.end(Outcome(stage.title, "skipped"))
 
     # A thread for each, most of which wait: that is how Prefect's runner does it too.
     with ThreadPoolExecutor(max(1, len(stages))) as pool:
@@ -159,83 +142,94 @@ def asked_to_stop() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-@contextmanager
-def shown(board: Board, console: Console) -> Iterator[None]:
-    """The board, alive, on a terminal; else a line whenever a stage ends."""
-    if console.is_terminal:
-        with Live(get_renderable=board.table, console=console, refresh_per_second=1 / LOOK_SECONDS):
-            yield
-        return
-    ended, told = threading.Event(), set[str]()
-
-    def tell() -> None:
-        last = False
-        while not last:
-            last = ended.wait(LOOK_SECONDS)
-            for title, outcome in list(board.outcomes.items()):
-                if title not in told:
-                    told.add(title)
-                    print(f"{title}: {outcome.what}, {outcome.seconds:.1f} s", file=sys.stdout, flush=True)
-
-    teller = threading.Thread(target=tell)
-    teller.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        teller.join()
-
-
-def report_failures(board: Board) -> None:
-    """Raise for the stages that did not end well, with the last lines of what they said.
-
-    Raises:
-        PipelineError: there are any.
-    """
-    failed = [outcome for outcome in board.outcomes.values() if outcome.what in ("failed", "late")]
-    if not failed:
-        return
-    parts = []
-    for outcome in failed:
-        lines = outcome.log.read_text(errors="replace").splitlines() if outcome.log else []
-        said = "\n".join(f"    {line}" for line in lines[-LAST_LINES:])
-        end = f"exit code {outcome.exit_code}" if outcome.what == "failed" else f"over its {outcome.seconds:.0f} s"
-        parts.append(f"{outcome.title}: {outcome.what} ({end}), {outcome.log}:\n{said}")
-    skipped = sum(outcome.what == "skipped" for outcome in board.outcomes.values())
-    raise PipelineError(
-        "\n".join(parts) + (f"\n{skipped} stages behind were not tried" if skipped else ""),
-        remedy="mend what the last lines name and run the same command again: finished units are kept",
-    )
-
-
 def default_jobs(devices: Sequence[str]) -> int:
     """As many stages at once as there are devices; without any, one for each two cores, since a stage uses several."""
     return max(1, len(devices) or (os.cpu_count() or 1) // 2)
 
 
-def run(root: Path, *, jobs: int | None, prefect: bool, console: Console) -> int:
-    """Bring everything up to date; 0, or 130 where it was asked to stop.
+@contextmanager
+def only_run(*, wait: bool = False, stopped: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """The only right to run the workspace, the current folder; ``wait`` until whoever has it has ended.
+
+    Raises:
+        BusyError: another run has it, and ``wait`` is false.
+        StoppedError: ``stopped()`` while waiting.
+    """
+    with ExitStack() as held:
+        while True:
+            try:
+                held.enter_context(lease(RUN_LOCK, "this workspace"))
+                break
+            except BusyError:
+                if not wait:
+                    raise
+            if stopped():
+                raise StoppedError("stopped while another run had the workspace", remedy="run the same command again")
+            time.sleep(LOOK_SECONDS)
+        yield
+
+
+def prepared(root: Path, targets: Sequence[str] = ()) -> Board:
+    """The stages that a run has to go through: those that do not stay as they are, and only what ``targets`` need.
+
+    Raises:
+        ParamsError: ``params.yaml`` is wrong; nothing has been started.
+        WorkspaceError: DVC cannot read the pipeline, or there is no such target.
+    """
+    load_params(root / "params.yaml")
+    stages = foreseen(root)
+    titles = [stage.title for stage in stages]
+    wanted = set[str]() if targets else set(titles)
+    for name in targets:
+        if not (found := [title for title in titles if name in (title, title.partition("@")[0])]):
+            raise WorkspaceError(f"there is no stage {name}", remedy=f"choose from {', '.join(titles)}; or name none")
+        wanted.update(found)
+    for stage in reversed(stages):
+        wanted.update(stage.upstream if stage.title in wanted else ())
+    return Board([stage for stage in stages if stage.title in wanted and stage.state != "kept"])
+
+
+def carry_out(board: Board, through: Through, *, jobs: int | None, stopped: Callable[[], bool]) -> None:
+    """Run what stands on the board.
 
     Raises:
         PipelineError: a stage failed; everything that does not need it is up to date all the same.
+        StoppedError: it was asked to stop.
     """
-    stages = [stage for stage in foreseen(root) if stage.state != "kept"]
-    if not stages:
-        console.print("everything is up to date")
-        return 0
-    devices = leasable() if any(stage.gpus for stage in stages) else []
-    board = Board(stages)
-    with asked_to_stop() as stop:
-        work = stage_work(board, devices, jobs=jobs or default_jobs(devices), stopped=stop.is_set)
-        with shown(board, console):
-            if prefect:
-                from pipeline.orchestrate import in_prefect  # loads in a second
+    devices = leasable() if any(stage.gpus for stage in board.stages) else []
+    board.events.tell("run started", stages=[stage.title for stage in board.stages], devices=devices)
+    began, how = time.monotonic(), "crashed"
+    try:
+        work = stage_work(board, devices, jobs=jobs or default_jobs(devices), stopped=stopped)
+        through(board.stages, work, board)
+        error = failures(board)
+        how = "stopped" if stopped() else "failed" if error else "completed"
+    finally:
+        board.events.tell("run ended", what=how, seconds=round(time.monotonic() - began, 2))
+    if how == "stopped":
+        raise StoppedError("stopped; finished units are kept", remedy="the same command goes on")
+    if error:
+        raise error
 
-                in_prefect(stages, work, board)
-            else:
-                in_threads(stages, work, board)
-        if stop.is_set():
-            console.print("stopped; finished units are kept, and the same command goes on")
-            return 130
-    report_failures(board)
-    return 0
+
+def run(root: Path, *, targets: Sequence[str], jobs: int | None, prefect: bool, console: Console) -> None:
+    """Bring everything up to date, or what ``targets`` need.
+
+    Raises:
+        BusyError: another run has the workspace.
+        PipelineError: a stage failed, or as `prepared` and `carry_out` tell.
+    """
+    with only_run(), asked_to_stop() as stop, told_if_it_fails("run"):
+        board = prepared(root, targets)
+        if not board.stages:
+            console.print("everything is up to date")
+            return
+        through: Through = in_threads
+        if prefect:
+            if (url := os.environ.get(API)) and not answers(url):
+                raise unreachable(url)
+            from pipeline.orchestrate import in_prefect  # loads in a second
+
+            through = in_prefect
+        with shown(board, console):
+            carry_out(board, through, jobs=jobs, stopped=stop.is_set)

@@ -10,6 +10,7 @@ import importlib
 import json
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from typing import Any
 from pipeline.adoption import adopt, adoptable, adoption_sample
 from pipeline.code import closure, code_digest
 from pipeline.devices import devices
-from pipeline.errors import PipelineError, WorkspaceError, disk_full
+from pipeline.errors import DEFECT, PipelineError, WorkspaceError, explained
 from pipeline.executors import Call, crew_for, helped_fingerprint, is_part, part_of, single_thread
 from pipeline.journal import BadItem, Built, Plan, Unit, digest_of, lease, missing
 from pipeline.params import Params, load_params
@@ -31,8 +32,6 @@ from pipeline.shards import Make, build_free_units, build_units, kept_state, unf
 ARTIFACTS = Path("artifacts")
 WORK = Path(".work")
 RUNS = WORK / "runs"
-DEFECT_EXIT = 70
-"""Exit code of an error that is our fault (shown with its traceback)."""
 
 
 @dataclass
@@ -242,12 +241,13 @@ def run_stage(name: str, run: Callable[[Job], None], *, keyed: bool = False, tog
     except KeyboardInterrupt:
         print(f"{name}: stopped by Ctrl-C; finished units are kept", file=sys.stderr)
         raise SystemExit(130) from None
-    except Exception as raised:
+    except Exception as raised:  # noqa: BLE001 - every one is told in full
         error = raised
         if isinstance(raised, OSError):  # while publishing: units see to theirs themselves
-            error = disk_full(raised, WORK, "publishing what is finished") or raised
+            error = explained(raised, WORK, "publishing what is finished") or raised
         if not hasattr(error, "remedy"):
-            raise  # a defect of ours: the traceback is the message
+            traceback.print_exc()  # a defect of ours
+            raise SystemExit(DEFECT) from None
         print(f"\nerror in stage {' '.join([name, *arguments])}: {type(error).__name__}: {error}", file=sys.stderr)
         raise SystemExit(getattr(error, "exit_code", PipelineError.exit_code)) from None
     _record(job, time.monotonic() - started)

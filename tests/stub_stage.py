@@ -1,7 +1,7 @@
 """A stage of the real graph that computes nothing: what it writes says what it was made of.
 
-Half of the parameters do not matter, as rounding or a limit that is not reached would have it. ``STUB_SECONDS`` makes
-it last, and it fails with exit code 4 where the file ``fail-TITLE`` is.
+Half of the parameters do not matter, as rounding or a limit that is not reached would have it. ``STUB_SECONDS``, or the
+file ``slow-TITLE``, makes it last, and it fails with exit code 4 where the file ``fail-TITLE`` is.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def main(name: str, key: str = "") -> None:
     entries = [f"stages/{name}.py", *(dep for dep in paths("deps") if dep.startswith("models/predictors/"))]
     code = code_digest(Path.cwd(), {file for entry in entries for file in closure(Path.cwd(), entry)})
     title = f"{name}@{key}" if key else name
-    time.sleep(float(os.environ.get("STUB_SECONDS", "0")))
+    slow = Path(f"slow-{title}")
+    time.sleep(float(slow.read_text() if slow.exists() else os.environ.get("STUB_SECONDS", "0")))
     if Path(f"fail-{title}").exists():
         print("a made-up error\n  what to do: remove the file")
         raise SystemExit(4)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sqlite3
 import subprocess
@@ -12,12 +11,11 @@ import time
 from contextlib import closing
 from pathlib import Path
 
-import psutil
 import pytest
 
 from pipeline.leases import leased
 from pipeline.reproduce import read_log
-from tests.workspace import Workspace
+from tests.workspace import Workspace, at_work
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -32,12 +30,8 @@ def state(workspace: Workspace) -> tuple[str, dict[str, str]]:
 
 
 def left(folder: Path) -> list[str]:
-    """Processes at work in the folder."""
-    found = []
-    for process in psutil.process_iter(["cmdline", "cwd"]):
-        if process.info["cwd"] and Path(process.info["cwd"]) == folder and process.pid != os.getpid():
-            found.append(" ".join(process.info["cmdline"] or []))
-    return found
+    """Commands of the processes at work in the folder."""
+    return [" ".join(process.cmdline()) for process in at_work(folder)]
 
 
 def test_the_result_is_that_of_repro(workspace: Workspace, tmp_path: Path) -> None:
@@ -87,6 +81,7 @@ def test_nothing_outlives_it(workspace: Workspace, sign: signal.Signals) -> None
         cwd=workspace.folder,
         env={**workspace.environment, "STUB_SECONDS": "60", "CLEVRCAST_GPUS": ""},
         stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
     )
     until = time.monotonic() + 60

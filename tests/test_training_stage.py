@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,7 +17,7 @@ from safetensors.torch import load_file
 from data.errors import WeightsError
 from models.training_state import TrainingState, load_state
 from tests.two_nodes import Nodes, two_nodes, why_no_network
-from tests.workspace import Workspace, local_workspace, write_source
+from tests.workspace import Workspace, at_work, local_workspace, write_source
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 STEPS = 150
@@ -144,15 +143,6 @@ def together(nodes: Nodes, key: str, *, until: int, **environment: str) -> list[
     return processes
 
 
-def left(nodes: Nodes) -> list[str]:
-    """Processes at work in either checkout."""
-    folders, found = {nodes.workspace.folder, nodes.second}, []
-    for process in psutil.process_iter(["cmdline", "cwd"]):
-        if process.info["cwd"] and Path(process.info["cwd"]) in folders:
-            found.append(" ".join(process.info["cmdline"] or []))
-    return found
-
-
 def test_a_node_is_lost_and_two_nodes_go_on_to_the_result_of_one(workspace: Workspace, alone: Path) -> None:
     workspace.set("predictors.nodes", NODES)
     with two_nodes(workspace, network=not why_no_network()) as nodes:
@@ -163,7 +153,7 @@ def test_a_node_is_lost_and_two_nodes_go_on_to_the_result_of_one(workspace: Work
         assert "LostError" in said
         assert "start the same command on every node again" in said
         assert second.wait(60)
-        assert left(nodes) == []
+        assert [at_work(folder) for folder in (workspace.folder, nodes.second)] == [[], []]
         state = saved(workspace, "nodes")
         assert state is not None
         assert 5 <= state.step < NODES["training"]["steps"]
@@ -191,7 +181,7 @@ def test_a_network_that_is_cut_ends_both_nodes(workspace: Workspace) -> None:
         for said in nodes.said():
             assert "LostError" in said, nodes.said()
             assert "start the same command on every node again" in said
-        assert left(nodes) == []
+        assert [at_work(folder) for folder in (workspace.folder, nodes.second)] == [[], []]
 
 
 def test_training_starts_from_given_weights(workspace: Workspace, whole: Path) -> None:

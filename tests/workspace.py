@@ -9,11 +9,12 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from copy import copy
 from pathlib import Path
 
 import numpy as np
+import psutil
 from ruamel.yaml import YAML
 
 from data.clevrer import FPS, FRAMES, HEIGHT, WIDTH, annotation_path, official_split, video_path, write_annotation
@@ -95,6 +96,14 @@ class Workspace:
         node[last] = value
         yaml.dump(document, self.folder / "params.yaml")
 
+    def keep_stages(self, *names: str) -> None:
+        """Take every other stage out of dvc.yaml."""
+        yaml = YAML()
+        graph = yaml.load(self.folder / "dvc.yaml")
+        for name in [name for name in graph["stages"] if name not in names]:
+            del graph["stages"][name]
+        yaml.dump(graph, self.folder / "dvc.yaml")
+
     def edit(self, file: str, old: str, new: str) -> None:
         path = self.folder / file
         text = path.read_text()
@@ -111,12 +120,24 @@ class Workspace:
         return json.loads((self.folder / f".work/runs/{title}.json").read_text())
 
 
-def stub_workspace(root: Path, folder: Path) -> Workspace:
-    """The real graph of the tiny profile with stages that take no time, run once."""
+def at_work(folder: Path) -> list[psutil.Process]:
+    """Processes whose current folder it is, without this one."""
+    found = []
+    for process in psutil.process_iter(["cwd", "status"]):
+        dead = process.info["status"] == psutil.STATUS_ZOMBIE
+        if process.info["cwd"] == str(folder) and process.pid != os.getpid() and not dead:
+            found.append(process)
+    return found
+
+
+def stub_workspace(root: Path, folder: Path, stages: Sequence[str] = ()) -> Workspace:
+    """The real graph of the tiny profile, or these of its stages, with stages that take no time, run once."""
     made = Workspace(root, folder)
     shutil.copy(root / "tests/stub_stage.py", folder)
     graph = folder / "dvc.yaml"
     graph.write_text(re.sub(r"python -m stages\.(\w+)", r"python stub_stage.py \1", graph.read_text()))
+    if stages:
+        made.keep_stages(*stages)
     made.dvc("repro", "-q")
     made.commit("run once")
     return made

@@ -1,0 +1,1 @@
+"""What `clevrcast doctor` looks at, one module for each kind of thing; `checks` says how it looks."""
