@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import re
-import shutil
 import signal
 import sqlite3
 import subprocess
@@ -13,29 +12,20 @@ import sys
 import threading
 import time
 from contextlib import closing
-from copy import copy
 from pathlib import Path
 
 import pytest
 
 from pipeline.leases import leased
 from pipeline.reproduce import read_log
-from tests.workspace import Workspace, at_work, stub_workspace
+from tests.workspace import Workspace, at_work
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
-def workspace(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    return stub_workspace(root, tmp_path_factory.mktemp("run"))
-
-
-def twin(workspace: Workspace, folder: Path) -> Workspace:
-    """The same checkout elsewhere."""
-    shutil.copytree(workspace.folder, folder, symlinks=True)
-    made = copy(workspace)
-    made.folder = folder
-    return made
+def workspace(stub: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return stub.twin(tmp_path_factory.mktemp("run") / "checkout")
 
 
 def state(workspace: Workspace) -> tuple[str, dict[str, str]]:
@@ -50,7 +40,7 @@ def left(folder: Path) -> list[str]:
 def test_the_result_is_that_of_repro(workspace: Workspace, tmp_path: Path) -> None:
     workspace.set("flow.iterations", 8)
     workspace.set("predictors.again", {"model": "advect"})
-    other = twin(workspace, tmp_path / "twin")
+    other = workspace.twin(tmp_path / "twin")
     other.dvc("repro", "-q")
     said = workspace.module("pipeline.cli", "run", "--jobs", "4", CLEVRCAST_GPUS="", STUB_SECONDS="0.5")
     assert state(workspace) == state(other)
@@ -119,7 +109,7 @@ def test_prefect_sees_every_stage_and_the_result_is_the_same(workspace: Workspac
     (workspace.folder / "fail-train@advect").touch()
     for key in ("advect", "latent_warp"):
         workspace.set(f"predictors.{key}.seed", 6)
-    other = twin(workspace, tmp_path / "twin")
+    other = workspace.twin(tmp_path / "twin")
     other.dvc("repro", "--keep-going", "-q", ok=False)
     home = {"PREFECT_HOME": str(tmp_path / "prefect"), "CLEVRCAST_GPUS": ""}
     said = workspace.run(sys.executable, "-m", "pipeline.cli", "run", "--jobs", "2", "--prefect", ok=False, **home)
