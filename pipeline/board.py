@@ -29,6 +29,8 @@ class Board:
     """How the stages of a run stand."""
 
     stages: Sequence[Foreseen]
+    graph: Sequence[Foreseen] = ()
+    """Every stage of the pipeline, those that stay as they are too."""
     running: dict[str, str] = field(default_factory=dict)
     """Title -> what it runs on."""
     outcomes: dict[str, Outcome] = field(default_factory=dict)

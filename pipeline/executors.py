@@ -48,6 +48,10 @@ class Call:
     devices: tuple[str, ...]
     """One per GPU, or the CPU alone."""
     log: Path
+    computes: bool = True
+    """Whether units are made on the device at all, here or elsewhere; else the work is the CPU's on every machine."""
+    single: bool = False
+    """Whether the stage is one unit (training, evaluation), which may use every core."""
 
     @property
     def on_gpu(self) -> bool:
@@ -107,7 +111,8 @@ def crew_for(call: Call, units: int) -> Iterator[Crew]:
     """Whoever builds ``units`` missing units beside this process; those still there at the end are ended."""
     count = worker_count(call.devices, units)
     chosen = executor()
-    if chosen == "ray" and units:
+    stays = call.single and (call.on_gpu or os.environ.get(DEVICE) == "cpu")  # nothing to gain elsewhere
+    if chosen == "ray" and units and not stays:
         from pipeline.ray_crew import ray_crew
 
         with ray_crew(call, units) as crew:

@@ -10,15 +10,15 @@ ends with the worker that started it.
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,28 +36,28 @@ from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
-from prefect.context import refresh_global_settings_context
-from prefect.events.worker import EventsWorker
 from prefect.futures import PrefectFuture, wait
-from prefect.logging.handlers import APILogHandler
 from prefect.settings import get_current_settings
 from prefect.states import Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from pipeline import sweep as sweeps
 from pipeline.board import LOOK_SECONDS, Board
-from pipeline.children import API, Child, server_at
 from pipeline.dag import Foreseen
-from pipeline.errors import PipelineError, StoppedError, WorkspaceError
+from pipeline.drawing import as_svg
+from pipeline.errors import PipelineError, WorkspaceError
 from pipeline.notify import told_if_it_fails
 from pipeline.reproduce import Outcome
 from pipeline.running import Work, carry_out, only_run, prepared
 
 FLOW = "clevrcast"
 EXPERIMENTS = "clevrcast-experiments"
-SEND_SECONDS = 5.0
 LAST_LINES = 40
 """Of an error, in the message of a failed run."""
+
+SAMPLE = Path("clips/first.png")
+"""Of an evaluation's output: what is shown of it."""
+MOST_SAMPLE_BYTES = 2**21
 
 # The decorators' overloads do not cover what they are given here.
 _task: Any = task(cache_policy=NO_CACHE, persist_result=False)
@@ -89,54 +89,6 @@ def through_tasks(stages: Sequence[Foreseen], work: Work, board: Board) -> None:
     publish(board)
 
 
-@contextmanager
-def some_server(stopped: Callable[[], bool]) -> Iterator[None]:
-    """A server for one run, where Prefect knows of none. That which Prefect would start outlives a run that is killed.
-
-    Raises:
-        StoppedError: ``stopped()`` while it was starting.
-    """
-    if get_current_settings().api.url:
-        yield
-        return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    try:
-        with server_at("127.0.0.1", port, lambda said: None, stopped) as server, ExitStack() as care:
-            if stopped():
-                raise StoppedError("stopped while the server was starting", remedy="the same command goes on")
-            if server is not None:
-                care.enter_context(_revived(server))
-            refresh_global_settings_context()
-            try:
-                yield
-            finally:  # what is still to be sent
-                APILogHandler().flush()
-                EventsWorker.drain_all(timeout=SEND_SECONDS)
-    finally:
-        os.environ.pop(API, None)
-        refresh_global_settings_context()
-
-
-@contextmanager
-def _revived(server: Child) -> Iterator[None]:
-    """Start it again whenever it dies; Prefect's clients try for two minutes to reach it."""
-    ended = threading.Event()
-
-    def care() -> None:
-        while not ended.wait(LOOK_SECONDS):
-            server.revive(lambda said: None)
-
-    thread = threading.Thread(target=care)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-
-
 def in_prefect(stages: Sequence[Foreseen], work: Work, board: Board) -> None:
     """`pipeline.running.in_threads`, as a run of the flow `FLOW`; the board says how it ended."""
     ours = signal.getsignal(signal.SIGTERM)
@@ -152,8 +104,9 @@ def in_prefect(stages: Sequence[Foreseen], work: Work, board: Board) -> None:
         return Failed(message=f"not brought up to date: {', '.join(bad)}") if bad else Completed(message="up to date")
 
     runner = ThreadPoolTaskRunner(max_workers=max(1, len(stages)))
+    name = f"run-{board.events.run}"
     try:
-        _flow(name=FLOW, task_runner=runner, persist_result=False)(run)(return_state=True)
+        _flow(name=FLOW, flow_run_name=name, task_runner=runner, persist_result=False)(run)(return_state=True)
     except httpx.TransportError as error:
         raise WorkspaceError(
             f"Prefect's server at {get_current_settings().api.url} is gone ({type(error).__name__}: {error})",
@@ -225,38 +178,63 @@ def _failed(error: PipelineError) -> State[Any]:
 
 
 def publish(board: Board) -> None:
-    """The stage table, the graph and what the run did to the metrics, as artifacts of the run."""
-    rows = [
-        {"stage": stage.title, "was": stage.state, "became": outcome.what, "seconds": round(outcome.seconds, 1)}
-        for stage in board.stages
-        if (outcome := board.outcomes.get(stage.title)) is not None
-    ]
-    create_table_artifact(rows, key="stages", description="What became of every stage.")
-    create_markdown_artifact(
-        f"```mermaid\n{mermaid(board)}\n```", key="graph", description="The stages and their order."
+    """The stage table, the graph, what the run did to the metrics, and samples, as artifacts of the run."""
+    became = {stage.title: "unchanged" for stage in board.graph if stage.state == "kept"}
+    became |= {title: outcome.what for title, outcome in board.outcomes.items()}
+    create_table_artifact(
+        [
+            {
+                "stage": stage.title,
+                "became": became.get(stage.title, "not wanted"),
+                "seconds": round(board.outcomes[stage.title].seconds, 1) if stage.title in board.outcomes else "",
+                "why": "; ".join(f"{reason.kind}: {reason.what}" for reason in stage.reasons[:3]),
+            }
+            for stage in board.graph
+        ],
+        key="stages",
+        description="What became of every stage.",
     )
+    drawn = base64.b64encode(as_svg(board.graph, became).encode()).decode()
     create_markdown_artifact(
-        metrics_difference(), key="metrics", description="`dvc metrics diff` against the last commit."
+        f"![the graph](data:image/svg+xml;base64,{drawn})", key="graph", description="The stages and their order."
     )
-
-
-def mermaid(board: Board) -> str:
-    """The graph of the run's stages, each with how it ended."""
-    names = {stage.title: f"s{number}" for number, stage in enumerate(board.stages)}
-    lines = ["flowchart TD"]
+    create_table_artifact(
+        metrics_difference(),
+        key="metrics",
+        description="What has changed of the metrics since the last commit; `dvc metrics diff` has every step.",
+    )
     for stage in board.stages:
-        outcome = board.outcomes.get(stage.title)
-        lines.append(f'  {names[stage.title]}["{stage.title}: {outcome.what if outcome else "waiting"}"]')
-        lines += [f"  {names[title]} --> {names[stage.title]}" for title in stage.upstream if title in names]
-    return "\n".join(lines)
+        name, _, key = stage.title.partition("@")
+        picture = Path("artifacts", name, key, SAMPLE)
+        if picture.exists() and picture.stat().st_size < MOST_SAMPLE_BYTES and board.outcomes[stage.title].good:
+            inline = base64.b64encode(picture.read_bytes()).decode()
+            create_markdown_artifact(
+                f"![{picture}](data:image/png;base64,{inline})",
+                key=f"sample-{key.replace('_', '-').lower()}",
+                description=f"{stage.title}: {picture}",
+            )
 
 
-def metrics_difference() -> str:
-    """Markdown of `dvc metrics diff`, or why there is none."""
-    done = subprocess.run(
-        [sys.executable, "-m", "dvc", "metrics", "diff", "--md"], capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() or done.stderr.strip() or "No metric has changed."
+def metrics_difference() -> list[dict[str, Any]]:
+    """Of `dvc metrics diff`, what concerns the whole horizon: one row per predictor and metric."""
+    command = [sys.executable, "-m", "dvc", "metrics", "diff", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return [{"note": line} for line in done.stderr.strip().splitlines()]
+    rows = []
+    for file, values in json.loads(done.stdout).items():
+        folder = Path(file).parent
+        for key, change in values.items() if folder.parent.name == "evaluate" else ():
+            metric = key.removeprefix("overall.").removesuffix(".value")
+            if key.startswith("overall.") and "." not in metric:
+                figures = {name: _short(change.get(name)) for name in ("old", "new", "diff")}
+                rows.append({"predictor": folder.name, "metric": metric, **figures})
+    rows.sort(key=lambda row: (row["predictor"], row["metric"] != "skill", row["metric"]))
+    return rows or [{"note": "no metric has changed"}]
+
+
+def _short(value: object) -> object:
+    return float(f"{value:.4g}") if isinstance(value, float) else value if value is not None else ""
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.devices import DEVICE
 from pipeline.errors import WorkspaceError
+from pipeline.shards import Crew, NoCrew
 
 if TYPE_CHECKING:
     from pipeline.executors import Call
@@ -47,7 +48,7 @@ class _Actors:
     alone = False
 
     def __init__(self, ray: Any, call: Call, count: int) -> None:
-        self.ray, self.call = ray, call
+        self.ray, self.call, self.on_gpu = ray, call, on_gpus(ray, call)
         self.deaths = 0
         self.running: dict[Any, Any] = {}
         for _ in range(count):
@@ -59,7 +60,7 @@ class _Actors:
             ready, _ = self.ray.wait(list(self.running), num_returns=len(self.running), timeout=0)
             for reference in ready:
                 self._ended(reference)
-        return bool(self.running) and _capacity(self.ray, self.call) > 0
+        return bool(self.running) and _capacity(self.ray, self.on_gpu) > 0
 
     def _ended(self, reference: Any) -> None:
         self.running.pop(reference)
@@ -75,7 +76,7 @@ class _Actors:
             print(f"a Ray actor failed: {_first_line(error.cause or error)}", file=sys.stderr)
 
     def _start(self) -> None:
-        gpu = self.call.on_gpu
+        gpu = self.on_gpu
         actor = self.ray.remote(Worker).options(num_cpus=1, num_gpus=1 if gpu else 0).remote()
         call = self.call
         device = "cuda" if gpu else "cpu"  # Ray shows an actor its own GPU only
@@ -83,8 +84,11 @@ class _Actors:
 
 
 @contextmanager
-def ray_crew(call: Call, units: int) -> Iterator[_Actors]:
+def ray_crew(call: Call, units: int) -> Iterator[Crew]:
     """Join or start a cluster and fill it with actors, one per GPU or core and at most one per unit.
+
+    A stage that is one unit gets one only for the sake of a GPU: an actor computes with one thread, and on a CPU the
+    number of threads changes the result of a training and its speed.
 
     Raises:
         WorkspaceError: Ray is not installed, or there is no cluster at the address.
@@ -111,14 +115,22 @@ def ray_crew(call: Call, units: int) -> Iterator[_Actors]:
             remedy=f"start one with `ray start --head`, or unset {ADDRESS} to use this machine alone",
         ) from error
     try:
-        yield _Actors(ray, call, min(_capacity(ray, call), units))
+        on_gpu = on_gpus(ray, call)
+        alone = call.single and not on_gpu
+        yield NoCrew() if alone else _Actors(ray, call, min(_capacity(ray, on_gpu), units))
     finally:
         ray.shutdown()
 
 
-def _capacity(ray: Any, call: Call) -> int:
+def on_gpus(ray: Any, call: Call) -> bool:
+    """Whether actors get a GPU each: where this machine would use one, or has none and the cluster has some."""
+    there = call.computes and os.environ.get(DEVICE, "") != "cpu" and _capacity(ray, gpu=True) > 0
+    return call.on_gpu or there
+
+
+def _capacity(ray: Any, gpu: bool) -> int:
     """GPUs or cores of the nodes that are alive."""
-    return int(ray.cluster_resources().get("GPU" if call.on_gpu else "CPU", 0))
+    return int(ray.cluster_resources().get("GPU" if gpu else "CPU", 0))
 
 
 def _first_line(error: BaseException) -> str:

@@ -196,7 +196,7 @@ def prepared(root: Path, targets: Sequence[str] = (), say: Said = print) -> Boar
         wanted.update(found)
     for stage in reversed(stages):
         wanted.update(stage.upstream if stage.title in wanted else ())
-    return Board([stage for stage in stages if stage.title in wanted and stage.state != "kept"])
+    return Board([stage for stage in stages if stage.title in wanted and stage.state != "kept"], stages)
 
 
 def carry_out(board: Board, through: Through, *, jobs: int | None, stopped: Callable[[], bool]) -> None:
@@ -240,7 +240,8 @@ def run(root: Path, *, targets: Sequence[str], jobs: int | None, prefect: bool, 
             return
         if (url := os.environ.get(API)) and not answers(url):
             raise unreachable(url)
-        from pipeline.orchestrate import in_prefect, some_server  # loads in a second
+        from pipeline.orchestrate import in_prefect  # loads in a second
+        from pipeline.own_server import some_server
 
         with some_server(stop.is_set), shown(board, console):
             carry_out(board, in_prefect, jobs=jobs, stopped=stop.is_set)

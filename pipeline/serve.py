@@ -85,6 +85,8 @@ def serve(served: Served, say: Say) -> None:
         asked_to_stop() as stop,
         server_at(served.host, served.port, say, stop.is_set) as server,
     ):
+        if stop.is_set():
+            return
         events.tell("serve started", url=os.environ[API], pool=served.pool_name)
         deployments = asyncio.run(_register(served))
         asyncio.run(settle(deployments))
@@ -92,6 +94,7 @@ def serve(served: Served, say: Say) -> None:
         watcher = Watcher(served.root, settle=served.settle_seconds)
         listing = Listing(deployments, say)
         wanted: State | None = None
+        resumed = ""
         # Prefect looks every ten seconds for what there is to run.
         os.environ.setdefault("PREFECT_WORKER_QUERY_SECONDS", str(LOOK_SECONDS))
         try:
@@ -112,6 +115,13 @@ def serve(served: Served, say: Say) -> None:
                 if wanted and _reached(lambda state=wanted: asyncio.run(ask(deployments[0], state, "edited")), say):
                     wanted = None
                 _reached(listing.look, say)
+                if listing.crashed:
+                    here = look(served.root)
+                    # Once for each state: what kills it twice is for people.
+                    if here.key == resumed or _reached(
+                        lambda state=here: asyncio.run(ask(deployments[0], state, "crashed", again=True)), say
+                    ):
+                        resumed, listing.crashed = here.key, False
         finally:
             worker.end()
             with suppress(Exception):  # the server may be gone; the next start settles
@@ -247,11 +257,12 @@ def _now() -> Any:  # Prefect annotates its own kind of datetime
 
 
 class Listing:
-    """Says in the terminal what becomes of runs."""
+    """Says in the terminal what becomes of runs; ``crashed``: whether one of the first deployment did."""
 
     def __init__(self, deployments: Sequence[UUID], say: Say) -> None:
         self.deployments, self.say = deployments, say
         self._since = datetime.now(UTC)
+        self.crashed = False
         self._told: dict[str, str] = {}
 
     def look(self) -> None:
@@ -270,6 +281,7 @@ class Listing:
                         self._told[str(run.id)] = run.state.name or ""
                         message = f": {run.state.message}" if run.state.message and run.state.is_final() else ""
                         self.say(f"{run.name} {str(run.state.name).lower()}{message}")
+                        self.crashed |= run.state.is_crashed() and deployment == self.deployments[0]
 
 
 def _reached(call: Callable[[], object], say: Say) -> bool:

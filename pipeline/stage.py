@@ -25,9 +25,10 @@ from pipeline.errors import DEFECT, PipelineError, WorkspaceError, explained
 from pipeline.executors import Call, crew_for, helped_fingerprint, is_part, part_of, single_thread
 from pipeline.journal import BadItem, Built, Plan, Unit, digest_of, lease, missing
 from pipeline.params import Params, load_params
+from pipeline.peers import agree, watched
 from pipeline.process import die_with_parent
-from pipeline.ranks import launched, own_devices, rank
-from pipeline.shards import Make, build_free_units, build_units, unfinished
+from pipeline.ranks import become_torchrun, launched, own_devices, rank, world_size
+from pipeline.shards import Make, build_free_units, build_units, kept_state, unfinished
 
 ARTIFACTS = Path("artifacts")
 WORK = Path(".work")
@@ -102,6 +103,8 @@ class Job:
         """
         folder = self.work / fingerprint
         _check_same_disk()
+        if world_size() > 1:
+            agree(_seen(folder, units), _ONE_STORE)
         if rank():
             raise Finished(_compute_along(folder, units, make))
         if len(units) > 1:
@@ -158,9 +161,27 @@ class Job:
             if hint := adoptable(folder, self._made_of[fingerprint]):
                 print(hint, flush=True)
         on = self.devices if computes else ("cpu",)
-        call = Call(self.name, self.key, self.root, fingerprint, on, self.work / "workers.log")
+        log, single = self.work / "workers.log", len(units) == 1
+        call = Call(self.name, self.key, self.root, fingerprint, on, log, computes, single)
         with crew_for(call, len(absent)) as crew:
             return build_units(folder, units, make, what=self.title, counted=counted, crew=crew)
+
+
+_ONE_STORE = (
+    "give every node the same params.yaml and code, and the same artifacts and .work by a file system that they share; "
+    "one that shows changes late may need a minute"
+)
+
+
+def _seen(folder: Path, units: Sequence[Unit]) -> dict[str, str]:
+    """What the processes of a torchrun must see alike, or they would train different things and wait for ever."""
+    states = [file for unit in units for file in sorted(kept_state(unfinished(folder, unit)).glob("*"))]
+    return {
+        "the fingerprint of parameters, code and weights": folder.name,
+        "the digest of the data": digest_of([unit.key() for unit in units]),
+        "what is left to build": ", ".join(unit.label for unit in missing(folder, units)) or "nothing",
+        "the interrupted run": ", ".join(f"{file.name} of {file.stat().st_size} bytes" for file in states) or "none",
+    }
 
 
 def _compute_along(folder: Path, units: Sequence[Unit], make: Make) -> int:
@@ -208,11 +229,14 @@ def run_stage(name: str, run: Callable[[Job], None], *, keyed: bool = False, tog
         if not Path("dvc.yaml").exists():
             raise WorkspaceError(f"no dvc.yaml in {Path.cwd()}", remedy="run at the top of a clevrcast checkout")
         key = arguments[0] if keyed else ""
-        job = Job(name, key, load_params(Path("params.yaml")), Path.cwd(), own_devices(devices()))
-        with _stage_lease(job):
-            if _publishes():
-                torn.keep(job.root, wait=False)
-            run(job)
+        if together:
+            become_torchrun(f"stages.{name}", arguments)
+        with watched(Finished):
+            job = Job(name, key, load_params(Path("params.yaml")), Path.cwd(), own_devices(devices()))
+            with _stage_lease(job):
+                if _publishes():
+                    torn.keep(job.root, wait=False)
+                run(job)
     except Finished as finished:
         if str(finished):
             print(finished)
@@ -256,9 +280,9 @@ def _record(job: Job, seconds: float) -> None:
     print(f"{job.title}: {job.made} units built, {len(job.built) - job.made} found ready, {seconds:.1f} s")
 
 
-def read_runs() -> dict[str, dict[str, Any]]:
+def read_runs(folder: Path = RUNS) -> dict[str, dict[str, Any]]:
     """The record of every stage's last run on this machine, by title (``flow``, ``train@latent_warp``)."""
-    return {file.stem: json.loads(file.read_text()) for file in sorted(RUNS.glob("*.json"))}
+    return {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
 
 
 def _check_same_disk() -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.workspace import Workspace, stub_workspace
+
 torch.set_num_threads(1)  # small tensors: two threads on a busy machine spend their time waiting for each other
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,6 +24,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def root() -> Path:
     """The top of the checkout."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def stub(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """The real graph with stages that take no time, run once: tests work in a `Workspace.twin` of it."""
+    return stub_workspace(root, tmp_path_factory.mktemp("stub"))
 
 
 @pytest.fixture(scope="session")

@@ -143,12 +143,6 @@ def settle(case: Case, bed: ServedBed, row: Row) -> None:
         row.next_run += "an edit was built"
     else:
         row.next_run += "went on by itself"
-    if case.victim == "flow run":  # nobody knows why it died: it is for people to ask again
-        wait(lambda: bed.service.runs()[-1]["state_type"] in ("CRASHED", "FAILED", "COMPLETED"), 90, "")
-        row.outcome = f"its run is called {service.runs()[-1]['state_name'].lower()}"
-        if not bed.as_wanted():
-            service.order("clevrcast")
-            row.next_run = "completed when it was asked for again"
     if not wait(bed.as_wanted, 120, ""):
         row.failures.append("not what an uninterrupted run makes of it")
         row.failures.append(service.said()[-3000:])

@@ -8,13 +8,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from pipeline.errors import WorkspaceError
-from pipeline.executors import executor, part_of, worker_count
+from pipeline.executors import Call, crew_for, executor, part_of, worker_count
 from pipeline.journal import lease
+from pipeline.ray_crew import on_gpus
 from tests.workspace import Workspace, local_workspace, write_source
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -140,6 +143,29 @@ def test_a_ray_cluster_that_loses_a_node_in_the_middle(
     # The driver only looked on: its own process built nothing, two nodes did.
     hosts = [json.loads(f.read_text())["host"] for f in (workspace.folder / ".work/flow").glob("*/*/unit.json")]
     assert len(hosts) == UNITS
+
+
+def test_a_head_without_a_gpu_drives_those_of_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CLEVRCAST_DEVICE", raising=False)
+    call = Call("flow", "", Path(), "", ("cpu",), Path())
+    gpus, cores = (SimpleNamespace(cluster_resources=lambda r=r: r) for r in ({"CPU": 8.0, "GPU": 2.0}, {"CPU": 8.0}))
+    assert on_gpus(gpus, call)
+    assert not on_gpus(cores, call)
+    assert not on_gpus(gpus, replace(call, computes=False))
+    assert on_gpus(gpus, replace(call, devices=("cuda:0",)))
+    monkeypatch.setenv("CLEVRCAST_DEVICE", "cpu")
+    assert not on_gpus(gpus, call)
+
+
+def test_a_stage_of_one_unit_does_not_leave_a_machine_that_has_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLEVRCAST_EXECUTOR", "ray")
+    monkeypatch.setenv("CLEVRCAST_RAY_ADDRESS", "nowhere:1")
+    monkeypatch.delenv("CLEVRCAST_DEVICE", raising=False)
+    with crew_for(Call("train", "x", Path(), "", ("cuda:0",), Path(), single=True), 1) as crew:
+        assert crew.alone
+    monkeypatch.setenv("CLEVRCAST_DEVICE", "cpu")
+    with crew_for(Call("train", "x", Path(), "", ("cpu",), Path(), single=True), 1) as crew:
+        assert crew.alone
 
 
 def test_a_second_run_of_a_stage_refuses(workspace: Workspace) -> None:

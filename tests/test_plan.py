@@ -9,13 +9,12 @@ import re
 import shutil
 import time
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline.dag import differences
-from tests.workspace import Workspace, stub_workspace
+from tests.workspace import Workspace
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 EDITS = int(os.environ.get("CLEVRCAST_PLAN_EDITS", "2"))
@@ -39,8 +38,8 @@ CODE = ["stages/decode.py", "data/files.py", "models/warp.py", "models/training.
 
 
 @pytest.fixture(scope="module")
-def workspace(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    return stub_workspace(root, tmp_path_factory.mktemp("plan"))
+def workspace(stub: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return stub.twin(tmp_path_factory.mktemp("plan") / "checkout")
 
 
 def planned(workspace: Workspace) -> dict[str, dict[str, Any]]:

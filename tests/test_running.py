@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
+import base64
+import json
+import re
 import signal
 import sqlite3
 import subprocess
@@ -10,29 +12,20 @@ import sys
 import threading
 import time
 from contextlib import closing
-from copy import copy
 from pathlib import Path
 
 import pytest
 
 from pipeline.leases import leased
 from pipeline.reproduce import read_log
-from tests.workspace import Workspace, at_work, stub_workspace
+from tests.workspace import Workspace, at_work
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
-def workspace(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    return stub_workspace(root, tmp_path_factory.mktemp("run"))
-
-
-def twin(workspace: Workspace, folder: Path) -> Workspace:
-    """The same checkout elsewhere."""
-    shutil.copytree(workspace.folder, folder, symlinks=True)
-    made = copy(workspace)
-    made.folder = folder
-    return made
+def workspace(stub: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return stub.twin(tmp_path_factory.mktemp("run") / "checkout")
 
 
 def state(workspace: Workspace) -> tuple[str, dict[str, str]]:
@@ -47,7 +40,7 @@ def left(folder: Path) -> list[str]:
 def test_the_result_is_that_of_repro(workspace: Workspace, tmp_path: Path) -> None:
     workspace.set("flow.iterations", 8)
     workspace.set("predictors.again", {"model": "advect"})
-    other = twin(workspace, tmp_path / "twin")
+    other = workspace.twin(tmp_path / "twin")
     other.dvc("repro", "-q")
     said = workspace.module("pipeline.cli", "run", "--jobs", "4", CLEVRCAST_GPUS="", STUB_SECONDS="0.5")
     assert state(workspace) == state(other)
@@ -116,7 +109,7 @@ def test_prefect_sees_every_stage_and_the_result_is_the_same(workspace: Workspac
     (workspace.folder / "fail-train@advect").touch()
     for key in ("advect", "latent_warp"):
         workspace.set(f"predictors.{key}.seed", 6)
-    other = twin(workspace, tmp_path / "twin")
+    other = workspace.twin(tmp_path / "twin")
     other.dvc("repro", "--keep-going", "-q", ok=False)
     home = {"PREFECT_HOME": str(tmp_path / "prefect"), "CLEVRCAST_GPUS": ""}
     said = workspace.run(sys.executable, "-m", "pipeline.cli", "run", "--jobs", "2", "--prefect", ok=False, **home)
@@ -130,7 +123,12 @@ def test_prefect_sees_every_stage_and_the_result_is_the_same(workspace: Workspac
         (flow_state,) = base.execute("select state_name from flow_run").fetchone()
     assert ended["train@latent_warp"] == ended["evaluate@latent_warp"] == "Completed"
     assert ended["train@advect"] == flow_state == "Failed"
-    assert "evaluate@advect: skipped" in artifacts["graph"]
+    drawn = base64.b64decode(artifacts["graph"].split("base64,")[1].rstrip(')"')).decode()
+    assert re.search(r"evaluate@advect</text>\n.*skipped</text>", drawn)
+    rows = {row["stage"]: row for row in json.loads(json.loads(artifacts["stages"]))}
+    assert rows["decode"]["became"] == "unchanged"
+    assert rows["train@advect"]["became"] == "failed"
+    assert "predictors.advect.seed" in rows["train@advect"]["why"]
     assert "Running stage 'train@latent_warp':" in logs
     assert {"stages", "metrics"} < artifacts.keys()
     (workspace.folder / "fail-train@advect").unlink()

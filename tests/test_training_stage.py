@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from data.errors import WeightsError
 from models.training_state import TrainingState, load_state
-from tests.workspace import Workspace, local_workspace, write_source
+from tests.two_nodes import Nodes, two_nodes, why_no_network
+from tests.workspace import Workspace, at_work, local_workspace, write_source
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 STEPS = 150
@@ -26,6 +27,7 @@ BLOCK: dict[str, Any] = {
     "batch": 4,
     "training": {"steps": STEPS, "warmup": 3, "precision": "float32"},
 }
+NODES: dict[str, Any] = {**BLOCK, "options": {"noise": 0.0}, "training": {**BLOCK["training"], "steps": 120}}
 
 
 @pytest.fixture(scope="module")
@@ -104,11 +106,15 @@ def test_curves_are_complete_and_watched_live(workspace: Workspace, whole: Path)
     torch.testing.assert_close(torch.tensor([event.value for event in events]), torch.tensor(curves["loss"]))
 
 
-def test_two_processes_publish_one_result(workspace: Workspace) -> None:
-    block = {**BLOCK, "options": {"noise": 0.0}, "training": {**BLOCK["training"], "steps": 6}}
-    alone = trained(workspace, "alone", block)
+@pytest.fixture(scope="module")
+def alone(workspace: Workspace) -> Path:
+    """What one process makes of the block that several train."""
+    return trained(workspace, "quiet", NODES)
+
+
+def test_two_processes_publish_one_result(workspace: Workspace, alone: Path) -> None:
     launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    together = trained(workspace, "together", block, *launcher)
+    together = trained(workspace, "together", NODES, *launcher)
     assert workspace.last_run("train@together")["built"] == 1
     a, b = load_file(alone / "model.safetensors"), load_file(together / "model.safetensors")
     for name in set(a) - {"seen"}:
@@ -120,7 +126,62 @@ def test_two_processes_publish_one_result(workspace: Workspace) -> None:
     workspace.set("predictors.together.batch", 3)
     said = workspace.module(*launcher, "-m", "stages.train", "together", ok=False)
     assert "batch 3 cannot be shared equally by 2 processes" in said
-    assert "does not train a predictor" in workspace.module(*launcher, "-m", "stages.decode", ok=False)
+    said = workspace.module("stages.decode", ok=False, TORCHELASTIC_RUN_ID="as under torchrun")
+    assert "does not train a predictor" in said
+
+
+def together(nodes: Nodes, key: str, *, until: int, **environment: str) -> list[subprocess.Popen[bytes]]:
+    """Both nodes at work on one predictor, and at least ``until`` steps of it saved."""
+    before = saved(nodes.workspace, key)
+    begun = before.step if before else 0
+    processes = nodes.start(key, CLEVRCAST_SAVE_SECONDS="0", **environment)
+    deadline = time.monotonic() + 120
+    while (state := saved(nodes.workspace, key)) is None or state.step < begun + until:
+        assert all(process.poll() is None for process in processes), nodes.said()
+        assert time.monotonic() < deadline, nodes.said()
+        time.sleep(0.05)
+    return processes
+
+
+def test_a_node_is_lost_and_two_nodes_go_on_to_the_result_of_one(workspace: Workspace, alone: Path) -> None:
+    workspace.set("predictors.nodes", NODES)
+    with two_nodes(workspace, network=not why_no_network()) as nodes:
+        first, second = together(nodes, "nodes", until=5)
+        second.kill()
+        assert first.wait(60) == 1
+        said = nodes.said()[0]
+        assert "LostError" in said
+        assert "start the same command on every node again" in said
+        assert second.wait(60)
+        assert [at_work(folder) for folder in (workspace.folder, nodes.second)] == [[], []]
+        state = saved(workspace, "nodes")
+        assert state is not None
+        assert 5 <= state.step < NODES["training"]["steps"]
+        first, second = nodes.start("nodes")
+        assert (first.wait(120), second.wait(60)) == (0, 0), nodes.said()
+        assert f"goes on after step {state.step}" in nodes.said()[0]
+        assert "units built" not in nodes.said()[1], "the first node alone publishes"
+    assert workspace.last_run("train@nodes")["resumed_at"] == state.step
+    a, b = (load_file(place / "model.safetensors") for place in (alone, workspace.folder / "artifacts/train/nodes"))
+    for name in set(a) - {"seen"}:
+        torch.testing.assert_close(b[name], a[name], rtol=1e-3, atol=1e-4)
+    # What both have built is found ready by the run that DVC starts.
+    workspace.module("stages.train", "nodes")
+    assert workspace.last_run("train@nodes")["built"] == 0
+
+
+def test_a_network_that_is_cut_ends_both_nodes(workspace: Workspace) -> None:
+    if reason := why_no_network():
+        pytest.skip(reason)
+    workspace.set("predictors.cut", NODES)
+    with two_nodes(workspace, network=True) as nodes:
+        processes = together(nodes, "cut", until=2, CLEVRCAST_LOST_SECONDS="6")
+        nodes.cut()
+        assert [process.wait(40) for process in processes] == [1, 1]
+        for said in nodes.said():
+            assert "LostError" in said, nodes.said()
+            assert "start the same command on every node again" in said
+        assert [at_work(folder) for folder in (workspace.folder, nodes.second)] == [[], []]
 
 
 def test_training_starts_from_given_weights(workspace: Workspace, whole: Path) -> None:

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from copy import copy
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +30,11 @@ class Workspace:
     def __init__(self, root: Path, folder: Path) -> None:
         self.root, self.folder = root, folder
         for name in COPIED:
-            copy = shutil.copytree if (root / name).is_dir() else shutil.copy
-            copy(root / name, folder / name)
+            put = shutil.copytree if (root / name).is_dir() else shutil.copy
+            put(root / name, folder / name)
         (folder / ".dvc").mkdir()
-        shutil.copy(root / ".dvc/config", folder / ".dvc/config")
+        for name in ("config", ".gitignore"):
+            shutil.copy(root / ".dvc" / name, folder / ".dvc" / name)
         self.environment = {
             **os.environ,
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -44,6 +46,17 @@ class Workspace:
         self.run("git", "init", "-q")
         self.module("pipeline.cli", "profile", "tiny")
         self.commit("start")
+
+    def at(self, folder: Path) -> Workspace:
+        """The same commands in another checkout, which is there."""
+        made = copy(self)
+        made.folder, made.environment = folder, dict(self.environment)
+        return made
+
+    def twin(self, folder: Path) -> Workspace:
+        """The same checkout once more, with all that git does not hold."""
+        shutil.copytree(self.folder, folder, symlinks=True)
+        return self.at(folder)
 
     def run(self, *command: str, ok: bool = True, **environment: str) -> str:
         done = subprocess.run(
