@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipeline.errors import WorkspaceError
 from pipeline.health.server import answers
-from pipeline.process import end_group, killed_with_starter
+from pipeline.process import end_group, ended_with_us
 from pipeline.stage import WORK
 
 API = "PREFECT_API_URL"
@@ -43,7 +43,7 @@ class Child:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
-                preexec_fn=killed_with_starter,
+                preexec_fn=ended_with_us(),
             )
         self._began = time.monotonic()
 

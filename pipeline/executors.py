@@ -24,6 +24,7 @@ from typing import Literal, TypeVar, get_args
 
 from pipeline.devices import DEVICE
 from pipeline.errors import WorkspaceError
+from pipeline.process import ended_with_us
 from pipeline.shards import Crew, NoCrew
 
 Executor = Literal["serial", "process", "ray"]
@@ -155,7 +156,10 @@ def _processes(call: Call, count: int) -> Iterator[_Processes]:
                 # This process takes the first device, its workers the others in turn.
                 device = call.devices[(k + 1) % len(call.devices)]
                 environment = {**os.environ, HELPER: call.fingerprint, DEVICE: device}
-                started.append(subprocess.Popen(command, env=environment, stdout=stream, stderr=stream))
+                worker = subprocess.Popen(
+                    command, env=environment, stdout=stream, stderr=stream, preexec_fn=ended_with_us()
+                )
+                started.append(worker)
             yield _Processes(started, call.log)
         finally:
             for process in started:

@@ -25,7 +25,7 @@ from typing import Any
 from pipeline.process import die_with_parent
 
 if __name__ == "__main__":
-    die_with_parent()
+    die_with_parent("prefect")
 
 # Read when prefect is imported. The terminal has the board, Prefect has the logs; nothing is sent to its makers.
 os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")

@@ -2,7 +2,8 @@
 
 `stages/__init__.py` imports this module before anything else, since loading PyTorch takes seconds in which whoever
 started the stage may die: a parent that is asked for only then would be the wrong one, and the stage would live on as
-a second writer.
+a second writer. Python takes a moment to start, too. So what we start ourselves is bound to us before that
+(`ended_with_us`), and what DVC or Prefect start looks whether its parent is one of these, and not who adopts orphans.
 """
 
 from __future__ import annotations
@@ -23,20 +24,43 @@ GRACE = 10.0
 """Seconds between asking a process to stop and killing it."""
 
 
-def killed_with_starter() -> None:
-    """On Linux, have the kernel kill this process when the thread that started it ends; elsewhere nothing."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+PR_SET_PDEATHSIG = 1
 
 
-def die_with_parent() -> None:
-    """Ask Linux to kill this process when its parent ends; elsewhere there is no such thing and nothing is done."""
+def ended_with_us() -> Callable[[], None]:
+    """For ``preexec_fn``: on Linux, have the kernel kill the new process when the thread that starts it ends, also if
+    that is before it could ask for it; elsewhere nothing."""
+    if sys.platform != "linux":
+        return lambda: None
+    starter, prctl = os.getpid(), ctypes.CDLL(None, use_errno=True).prctl  # nothing is loaded after the fork
+
+    def ask() -> None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != starter:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return ask
+
+
+def die_with_parent(*called: str) -> None:
+    """Ask Linux to kill this process when its parent ends; elsewhere there is no such thing and nothing is done.
+
+    ``called``: words, one of which is in the command of the right parent. Whoever has adopted this process before it
+    could look who had started it is another one.
+    """
     if sys.platform != "linux":
         return
-    killed_with_starter()
-    if os.getppid() != STARTED_BY:  # it ended before the request
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != STARTED_BY or not _is_called(STARTED_BY, called):  # it ended before the request
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _is_called(pid: int, words: Sequence[str]) -> bool:
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+    except OSError:  # not to be known
+        return True
+    return not words or any(word in command for word in words)
 
 
 def supervise(
@@ -68,7 +92,7 @@ def supervise(
             cwd=cwd,
             env=dict(os.environ if environment is None else environment),
             start_new_session=True,
-            preexec_fn=killed_with_starter,  # the starting thread waits for it
+            preexec_fn=ended_with_us(),  # the starting thread waits for it
         )
         try:
             while process.poll() is None:

@@ -19,8 +19,12 @@ LOGS = Path(".work/logs")
 RETRIED = {BusyError.exit_code, -signal.SIGKILL, 128 + signal.SIGKILL}
 """Exit codes of stages after which another try may succeed: somebody else was at it, or the kernel ran out of memory.
 Bad input, wrong parameters and a full disk are as they were."""
-BUSY = r"it is being blocked by:|Unable to acquire lock|RWLock-file|dvc\.lock' (is invalid|validation failed)"
-"""What DVC says where another one was in its way, or was killed and left behind what `pipeline.torn` mends."""
+BUSY = (
+    r"it is being blocked by:|Unable to acquire lock|RWLock-file|dvc\.lock' (is invalid|validation failed)"
+    r"|^ERROR: unexpected error"
+)
+"""What DVC says where another one was in its way, or was killed and left behind what `pipeline.torn` mends; the last is
+said by one whose claims were in a list that could not be read and was removed."""
 
 What = Literal["kept", "restored", "ran", "failed", "stopped", "late", "skipped"]
 """Unchanged; back from the cache; run; failed; stopped from outside; over its time; not tried, since one before it
@@ -76,7 +80,7 @@ def reproduce(
 def read_log(said: str, exit_code: int) -> tuple[What, int]:
     """What `dvc repro` did, by what it printed, and the exit code of the stage's own command."""
     if exit_code != 0:
-        if re.search(BUSY, said):
+        if re.search(BUSY, said, re.MULTILINE):
             return "failed", BusyError.exit_code
         found = re.search(r"failed to run: .*, exited with (-?\d+)", said)
         return "failed", int(found[1]) if found else exit_code

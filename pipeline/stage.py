@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 import time
 import traceback
@@ -33,6 +34,8 @@ from pipeline.shards import Make, build_free_units, build_units, kept_state, unf
 ARTIFACTS = Path("artifacts")
 WORK = Path(".work")
 RUNS = WORK / "runs"
+PARENTS = ("dvc", "torch", "stages.")
+"""Words in the command of whoever may start the process of a stage where DVC runs it: itself, torchrun, the stage."""
 
 
 @dataclass
@@ -212,7 +215,7 @@ def run_helper(name: str, key: str) -> int:
 
 def run_stage(name: str, run: Callable[[Job], None], *, keyed: bool = False, together: bool = False) -> None:
     """Run a stage as a program and exit; see the module's docstring. ``together``: torchrun may start it."""
-    die_with_parent()
+    die_with_parent(*PARENTS if "DVC_STAGE" in os.environ else ())
     arguments = sys.argv[1:]
     started = time.monotonic()
     try:

@@ -35,6 +35,8 @@ def flow_run(*steps: tuple[str, str, int]) -> Halt:
     return Halt(ROLES["flow run"], steps)
 
 
+# Before anything of ours is loaded.
+STARTS = (("import", "", 1),)
 # Of a real stage, in the order in which they come.
 STAGE_LOADS = (("import", r"^numpy$", 1),)
 STAGE_PLANS = (("open", r"params\.yaml r", 1),)
@@ -54,6 +56,7 @@ DVC_LOADS = (("import", r"^dvc\.repo\.reproduce$", 1),)
 DVC_WAITS = (("sleep", r"^0\.5", 1),)
 DVC_READS = (("open", LOCK + " r", 1),)
 DVC_CLAIMS = (("open", RWLOCK + "w", 1),)
+DVC_RELEASES = (("subprocess.Popen", r"label", 1), ("open", RWLOCK + "w", 1))
 DVC_REMOVES = (("shutil.rmtree", r"artifacts/decode", 1), ("os.rmdir", "", 1))
 RAN = ("subprocess.Popen", r"decode", 1)
 DVC_HASHES = (RAN, ("open", r"artifacts/decode/\S+ r", 1))
@@ -100,6 +103,7 @@ class Cases:
 def real() -> Iterator[Case]:
     """Real data stages on small videos: shards are kept, stores are the same."""
     cases = Cases("real", "dvc repro", "decode")
+    cases.add("stage", "starting", stage(*STARTS), done="none")
     cases.add("stage", "loading", stage(*STAGE_LOADS), done="none")
     cases.add("stage", "planning", stage(*STAGE_PLANS), done="none")
     cases.add("stage", "computing, no shard finished", stage(*NO_SHARD), done="none")
@@ -109,6 +113,7 @@ def real() -> Iterator[Case]:
     cases.add("stage", "publishing", stage(*PUBLISHES), "KILL", "TERM", done="all")
     cases.add("stage", "ending", stage(*STAGE_ENDS), done="all")
     for phase, halt, done in (
+        ("stage starting", stage(*STARTS), "none"),
         ("stage loading", stage(*STAGE_LOADS), "none"),
         ("stage planning", stage(*STAGE_PLANS), "none"),
         ("stage computing, no shard finished", stage(*NO_SHARD), "none"),
@@ -117,29 +122,35 @@ def real() -> Iterator[Case]:
         ("hashing outputs", dvc(*DVC_HASHES), "all"),
         ("moving outputs into the cache", dvc(*DVC_MOVES), "all"),
         ("dvc.lock just emptied", dvc(*DVC_WRITES, torn=("dvc.lock", 0)), "all"),
-        ("dvc.lock half written", dvc(*DVC_WRITES, torn=("dvc.lock", 1)), "all"),
     ):
         cases.add("dvc", phase, halt, done=done)
     some = stage(*SOME_SHARDS)
     cases.add("dvc", "stage computing, some shards finished", some, "KILL", "TERM", "INT", "Ctrl-C", done="some")
+    cases.add("worker", "starting", stage(*STARTS, helper=True))
     cases.add("worker", "loading", stage(*STAGE_LOADS, helper=True))
-    cases.add("worker", "computing its first shard", stage(*NO_SHARD, helper=True), *SIGNS)
-    cases.add("worker", "giving a finished shard its name", stage(*FIRST_NAME, helper=True))
+    cases.add("stage", "worker starting", stage(*STARTS, helper=True))
+    cases.add("dvc", "worker starting", stage(*STARTS, helper=True))
+    busy = {"meanwhile": stage(*NO_SHARD)}  # else the stage has built everything before the worker has started
+    cases.add("worker", "computing its first shard", stage(*NO_SHARD, helper=True), *SIGNS, **busy)
+    cases.add("worker", "giving a finished shard its name", stage(*FIRST_NAME, helper=True), **busy)
+    cases.add("stage", "computing, with a worker", stage(*NO_SHARD, helper=True), *SIGNS, **busy)
+    cases.add("dvc", "stage computing, with a worker", stage(*NO_SHARD, helper=True), *SIGNS, **busy)
     yield from cases.all
     cases = Cases("real", "clevrcast run", "decode")
     cases.add("run", "stage loading", stage(*STAGE_LOADS), done="none")
     cases.add("run", "stage computing, some shards finished", some, *SIGNS, done="some")
     cases.add("run", "stage publishing", stage(*PUBLISHES), done="all")
-    cases.add("run", "dvc.lock half written", dvc(*DVC_WRITES, torn=("dvc.lock", 1)), done="all")
+    cases.add("run", "dvc.lock just emptied", dvc(*DVC_WRITES, torn=("dvc.lock", 0)), done="all")
+    cases.add("run", "stage computing, with a worker", stage(*NO_SHARD, helper=True), *SIGNS, **busy)
     cases.add("dvc", "stage computing, some shards finished", some, *SIGNS, done="some")
     cases.add("stage", "computing, some shards finished", some, *SIGNS, done="some")
-    cases.add("worker", "computing its first shard", stage(*NO_SHARD, helper=True))
+    cases.add("worker", "computing its first shard", stage(*NO_SHARD, helper=True), **busy)
     yield from cases.all
     cases = Cases("real", "clevrcast run", "flow")
-    some = stage(*SOME_SHARDS, name="flow")
+    some, flow = stage(*SOME_SHARDS, name="flow"), stage(*NO_SHARD, name="flow")
     cases.add("run", "stage computing, some shards finished", some, done="some")
     cases.add("stage", "computing, some shards finished", some, done="some")
-    cases.add("worker", "computing its first shard", stage(*NO_SHARD, name="flow", helper=True))
+    cases.add("worker", "computing its first shard", stage(*NO_SHARD, name="flow", helper=True), meanwhile=flow)
     yield from cases.all
 
 
@@ -179,9 +190,15 @@ def stubs() -> Iterator[Case]:
     cases.add("run", "dvc.lock just emptied", dvc(*DVC_WRITES, torn=("dvc.lock", 0)))
     cases.add("run", "between two stages", run(*RUN_NEXT), *SIGNS)
     cases.add("run", "ending", run(*RUN_ENDS), *SIGNS)
+    cases.add("run", "dvc starting", dvc(*STARTS))
+    cases.add("run", "stage starting", stage(*STARTS))
+    cases.add("dvc", "stage starting", stage(*STARTS))
     cases.add("dvc", "loading", dvc(*DVC_LOADS))
     cases.add("dvc", "waiting for DVC's lock", dvc(*DVC_WAITS), held=DVC_LOCK)
     cases.add("dvc", "list of claimed paths just emptied", dvc(*DVC_CLAIMS, torn=(".dvc/tmp/rwlock", 0)))
+    emptied = dvc(*DVC_RELEASES, torn=(".dvc/tmp/rwlock", 0), stage="label")
+    beside = {"meanwhile": stage(*STUB_COMPUTES)}
+    cases.add("dvc", "list of claimed paths just emptied, another stage computing", emptied, **beside)
     cases.add("dvc", "hashing outputs", dvc(*DVC_HASHES), *SIGNS)
     cases.add("dvc", "dvc.lock half written", dvc(*DVC_WRITES, torn=("dvc.lock", 1)), *SIGNS)
     cases.add("stage", "computing on a device", stage(*STUB_COMPUTES, name="flow"), *SIGNS)
@@ -209,6 +226,7 @@ def served() -> Iterator[Case]:
     servants: tuple[Role, ...] = ("serve", "Prefect's worker", "Prefect's server")
     for victim in servants:
         cases.add(victim, "idle", None, "KILL", "TERM")
+        cases.add(victim, "flow run starting", flow_run(*STARTS))
         cases.add(victim, "flow run loading", flow_run(*FLOW_LOADS))
         cases.add(victim, "stage computing", stage(*STUB_COMPUTES))
     cases.add("serve", "stage computing", stage(*STUB_COMPUTES), "TERM", "INT")

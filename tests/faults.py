@@ -16,7 +16,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from copy import copy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -71,6 +71,8 @@ class Case:
     """The stage to run; none: all."""
     held: str = ""
     """A lock that somebody else holds meanwhile, so that the run waits for it."""
+    meanwhile: Halt | None = None
+    """Where another process of the run has to stop too, so that the phase comes about."""
     done: str = ""
     """How many units are finished in that phase: none, some or all of them; "" where there are none."""
 
@@ -193,39 +195,45 @@ class Halting:
     """The place where a process of the run is to stop, and has."""
 
     def __init__(self, file: Path) -> None:
-        self.file, self.hit = file, file.with_name(f"{file.name}.hit")
+        self.file = file
+        self.hits: list[Path] = []
 
-    def ask(self, halt: Halt) -> None:
-        self.hit.unlink(missing_ok=True)
-        self.file.write_text(json.dumps(asdict(halt)))
+    def ask(self, case: Case) -> None:
+        for hit in self.hits:
+            hit.unlink(missing_ok=True)
+        self.file.unlink(missing_ok=True)
+        halts = [halt for halt in (case.halt, case.meanwhile) if halt]
+        self.hits = [self.file.with_name(f"{self.file.name}.hit{number}") for number in range(len(halts))]
+        if halts:
+            self.file.write_text(json.dumps([asdict(halt) for halt in halts]))
 
     def environment(self, before: dict[str, str]) -> dict[str, str]:
         here = Path(__file__).with_name("halting")
         path = os.pathsep.join(filter(None, [str(here), before.get("PYTHONPATH", "")]))
         return {"CLEVRCAST_HALT": str(self.file), "PYTHONPATH": path}
 
-    def pid(self) -> int:
-        """Of the process that has stopped there; 0 before that."""
-        if not self.hit.exists() or not (text := self.hit.read_text()).endswith("\n"):
-            return 0
-        return int(text) if stopped(int(text)) else 0
+    def pids(self) -> list[int]:
+        """Of the processes that have stopped, the case's first; none before all have."""
+        texts = [hit.read_text() if hit.exists() else "" for hit in self.hits]
+        there = [int(text) for text in texts if text.endswith("\n")]
+        return there if len(there) == len(self.hits) and all(map(stopped, there)) else []
 
 
-def wait_for_hit(halting: Halting, run: subprocess.Popen[bytes], seconds: float = 120) -> int:
+def wait_for_hit(halting: Halting, run: subprocess.Popen[bytes], seconds: float = 120) -> list[int]:
     until = time.monotonic() + seconds
-    while not (pid := halting.pid()):
+    while not (pids := halting.pids()):
         if run.poll() is not None or time.monotonic() > until:
             raise MissedError(f"the phase was not hit (exit code {run.poll()})")
         time.sleep(0.02)
-    return pid
+    return pids
 
 
-def strike(case: Case, token: str, halted: int, run: subprocess.Popen[bytes]) -> None:
-    """Send the signal, and let the stopped process go on."""
+def strike(case: Case, token: str, halted: list[int], run: subprocess.Popen[bytes]) -> None:
+    """Send the signal, and let the stopped processes go on."""
     if case.sign == "Ctrl-C":
         os.killpg(run.pid, signal.SIGINT)
     else:
-        stopped_one = [p for p in ours(token) if p.pid == halted and p.plays(case.victim)]
+        stopped_one = [p for p in ours(token) if p.pid == halted[0] and p.plays(case.victim)]
         chosen = stopped_one or [p for p in ours(token) if p.plays(case.victim)]
         if not chosen:
             raise MissedError(f"there is no {case.victim}: {ours(token)}")
@@ -241,9 +249,11 @@ def check_done(case: Case, finished: Iterable[str], of: int) -> None:
         raise MissedError(f"{there} of the units are finished, not {case.done}")
 
 
-def go_on(halted: int, token: str) -> None:
-    if any(process.pid == halted for process in ours(token)):
-        os.kill(halted, signal.SIGCONT)
+def go_on(halted: list[int], token: str) -> None:
+    for process in ours(token):
+        if process.pid in halted:
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGCONT)
 
 
 def wait_until_gone(token: str, seconds: float = GONE_SECONDS) -> list[Process]:
@@ -290,8 +300,7 @@ def carry_out(case: Case, bed: Bed, folder: Path) -> Row:
     bed.whole(case.target)
     workspace, log = bed.fresh(folder / "checkout"), folder / "run.log"
     halting = Halting(folder / "halt.json")
-    assert case.halt is not None
-    halting.ask(case.halt)
+    halting.ask(case)
     environment = {**workspace.environment, **bed.environment, TOKEN: token}
     environment |= halting.environment(environment)
     if "--prefect" in case.way:

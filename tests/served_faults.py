@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import time
@@ -27,9 +26,9 @@ from tests.faults import (
     Row,
     edit,
     end_all,
+    go_on,
     held_leases,
     ours,
-    stopped,
 )
 from tests.service import Service
 from tests.workspace import Workspace
@@ -103,9 +102,7 @@ def carry_out_served(case: Case, bed: ServedBed) -> Row:
         service.process.wait(60)
         wait(lambda: not ours(bed.token), 15, "the end of what was served")
     wait(lambda: case.phase.startswith("starting") or bed.whole(), 120, "server and worker")
-    bed.halting.file.unlink(missing_ok=True)
-    if case.halt:
-        bed.halting.ask(case.halt)
+    bed.halting.ask(case)
     with ExitStack() as held:
         if case.held:
             held.enter_context(lease(bed.workspace.folder / case.held, "a test"))
@@ -114,7 +111,7 @@ def carry_out_served(case: Case, bed: ServedBed) -> Row:
         if case.phase.startswith("starting"):
             service.launch()
         if case.halt:
-            wait(lambda: bed.halting.pid() or service.process.poll() is not None, 90, "the phase")
+            wait(lambda: bed.halting.pids() or service.process.poll() is not None, 90, "the phase")
         doomed = strike(case, bed)
     began = time.monotonic()
     if case.victim == "serve":
@@ -157,18 +154,17 @@ def idle_leases(bed: ServedBed) -> list[str]:
 
 def strike(case: Case, bed: ServedBed) -> list[psutil.Process]:
     """Send the signal; returns the victim, and all that it had started by then."""
-    halted = bed.halting.pid() if case.halt else 0
+    halted = bed.halting.pids() if case.halt else []
     if case.halt and not halted:
         raise MissedError("the phase was not hit")
     found = [process for process in ours(bed.token) if process.plays(case.victim)]
     if not found:
         raise MissedError(f"there is no {case.victim}: {ours(bed.token)}")
-    found.sort(key=lambda process: process.pid != halted)
+    found.sort(key=lambda process: process.pid not in halted)
     victim = psutil.Process(found[0].pid)
     doomed = [victim, *victim.children(recursive=True)]
     victim.send_signal(signal.Signals[f"SIG{case.sign}"])
-    if halted and stopped(halted):
-        os.kill(halted, signal.SIGCONT)
+    go_on(halted, bed.token)
     return doomed
 
 

@@ -71,6 +71,6 @@ def tree(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    die_with_parent()
+    die_with_parent("dvc")
     torn.keep(Path.cwd(), wait=False)
     main(*sys.argv[1:])

@@ -1,10 +1,10 @@
 """Stops a process at a certain step of its work, for tests of what a kill in that very moment does.
 
 Python imports this by itself in every process whose ``PYTHONPATH`` names the folder. Where the file that
-``CLEVRCAST_HALT`` names exists and describes this process (`tests.faults.Halt`), the steps are looked for among
-Python's audit events (a file opened, renamed, linked, a module imported, a program started), and at the last of them
-the process writes its id into ``FILE.hit`` and stops itself with SIGSTOP. The first process to get there is the only
-one.
+``CLEVRCAST_HALT`` names exists and one of its descriptions (`tests.faults.Halt`) is of this process, the steps are
+looked for among Python's audit events (a file opened, renamed, linked, a module imported, a program started), and at
+the last of them the process writes its id into ``FILE.hitN`` and stops itself with SIGSTOP. The first process to get
+there is the only one.
 """
 
 from __future__ import annotations
@@ -81,14 +81,15 @@ def _told(event: str, arguments: tuple[Any, ...]) -> str:
 
 def _install(file: str) -> None:
     try:
-        halt = json.loads(Path(file).read_text())
+        halts = json.loads(Path(file).read_text())
     except FileNotFoundError:
         return
     command = Path("/proc/self/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
     helper = bool(os.environ.get("CLEVRCAST_HELPER"))
-    if Path(f"{file}.hit").exists() or not re.search(halt["who"], command) or helper != halt["helper"]:
-        return
-    sys.addaudithook(_Halting(halt["steps"], halt["torn"], f"{file}.hit"))
+    for number, halt in enumerate(halts):
+        hit = f"{file}.hit{number}"
+        if not Path(hit).exists() and re.search(halt["who"], command) and helper == halt["helper"]:
+            sys.addaudithook(_Halting(halt["steps"], halt["torn"], hit))
     asleep = time.sleep
 
     def sleep(seconds: float) -> None:  # Python tells of it from 3.13 on only
