@@ -355,6 +355,9 @@ def go_on_and_compare(
         row.failures.append(f"the next run failed: {again.last}")
         return
     row.next_run += told(said, completed=completed)
+    if f"{case.target} ran" in row.next_run and "units built" not in row.next_run:
+        last = workspace.last_run(case.target)
+        row.next_run += f", {last['built']} units built, {last['reused']} found ready"
     after = finished(workspace)
     lost = [unit for unit in before if after.get(unit) != before[unit]]
     row.failures += [f"lost or built again: {unit}" for unit in lost]
