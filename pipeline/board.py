@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 
 from pipeline.dag import Foreseen
-from pipeline.errors import PipelineError
+from pipeline.errors import BusyError, PipelineError
 from pipeline.events import Events
 from pipeline.journal import Plan, missing
 from pipeline.reproduce import Outcome
@@ -110,8 +110,10 @@ def failures(board: Board) -> PipelineError | None:
         lines = outcome.log.read_text(errors="replace").splitlines() if outcome.log else outcome.message.splitlines()
         said = "\n".join(f"    {line}" for line in lines[-LAST_LINES:])
         parts.append(f"{outcome.title}: {outcome.what} ({end}){f', {outcome.log}' if outcome.log else ''}:\n{said}")
+    busy = any(outcome.exit_code == BusyError.exit_code for outcome in board.failed)
     skipped = sum(outcome.what == "skipped" for outcome in board.outcomes.values())
     return PipelineError(
         "\n".join(parts) + (f"\n{skipped} stages behind were not tried" if skipped else ""),
-        remedy="mend what the last lines name and run the same command again: finished units are kept",
+        remedy="mend what the last lines name and run the same command again: finished units are kept"
+        + ("; `clevrcast doctor` tells who holds a lock, and whether it is alive" if busy else ""),
     )

@@ -7,6 +7,7 @@ looks on while a pipeline runs.
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,9 +15,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dvc.dependency.param import ParamsDependency
-from dvc.exceptions import DvcException
+from dvc.exceptions import DvcException, NotDvcRepoError
 from dvc.repo import Repo
 from dvc.repo.reproduce import get_active_graph, plan_repro
+from dvc.scm import SCMError
 from dvc.stage.cache import _get_cache_hash
 from dvc.stage.serialize import to_single_stage_lockfile
 from dvc_data.hashfile.hash_info import HashInfo
@@ -24,7 +26,7 @@ from dvc_data.hashfile.meta import Meta
 from dvc_data.hashfile.tree import Tree
 
 from pipeline.code import RESULT_PACKAGES
-from pipeline.errors import WorkspaceError
+from pipeline.errors import WorkspaceError, full_disk
 
 State = Literal["kept", "restored", "linked", "computed", "open"]
 """What becomes of a stage: nothing; its outputs come back from DVC's cache; it runs, finds every unit finished and
@@ -73,12 +75,26 @@ def foresee(root: Path, finished: Callable[[str, Sequence[str]], bool]) -> list[
 
     Raises:
         WorkspaceError: DVC cannot read the pipeline.
+        DiskFullError: there is no space for its records.
     """
     try:
         repo = Repo(str(root))
         graph = get_active_graph(repo.index.graph)
         walk = _Walk(repo, graph, finished)
         return [walk.visit(stage) for stage in plan_repro(graph)]
+    except (SCMError, NotDvcRepoError) as error:
+        raise WorkspaceError(
+            f"DVC finds no repository: {error}",
+            remedy="work in a git clone of the project; `git init && git add -A && git commit -m start` makes one of "
+            "a copy without .git",
+        ) from error
+    except sqlite3.Error as error:  # DVC's record of what it has hashed
+        if "full" in str(error):
+            raise full_disk(root, "DVC opens its records") from error
+        raise WorkspaceError(
+            f"DVC cannot open its records: {error}",
+            remedy="where no dvc runs here: `rm -r .dvc/tmp/site`; they are made again",
+        ) from error
     except DvcException as error:
         raise WorkspaceError(
             f"DVC cannot read the pipeline: {error}",

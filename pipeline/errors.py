@@ -41,8 +41,11 @@ class DiskFullError(PipelineError):
 
 def disk_full(error: OSError, folder: Path, doing: str) -> DiskFullError | None:
     """What to raise instead of an `OSError` that says that the disk of ``folder`` is full; None if it says else."""
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return None
+    return full_disk(folder, doing) if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
+
+
+def full_disk(folder: Path, doing: str) -> DiskFullError:
+    """The error for a disk that is known to be full."""
     free = shutil.disk_usage(folder).free
     return DiskFullError(
         f"the disk that holds {folder} is full ({free / 2**20:.0f} MiB free) while {doing}",

@@ -29,9 +29,9 @@ from pipeline.params import read_yaml
 from pipeline.process import supervise
 from pipeline.profiles import edit
 from pipeline.stage import WORK
-from pipeline.upkeep import newest, titles
+from pipeline.upkeep import EXPERIMENTS, newest, titles
 
-FOLDER = WORK / "experiments"
+FOLDER = WORK / EXPERIMENTS
 
 Said = Callable[[str], object]
 

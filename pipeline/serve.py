@@ -89,7 +89,7 @@ def serve(served: Served, say: Say) -> None:
             return
         events.tell("serve started", url=os.environ[API], pool=served.pool_name)
         deployments = asyncio.run(_register(served))
-        asyncio.run(settle(deployments))
+        _settle(served, deployments)
         worker = Child(_worker_command(served), LOGS / "worker.log", "the worker")
         watcher = Watcher(served.root, settle=served.settle_seconds)
         listing = Listing(deployments, say)
@@ -107,7 +107,7 @@ def serve(served: Served, say: Say) -> None:
                     wait_for(os.environ[API], server, stop.is_set)
                 if worker.revive(say):
                     events.tell("worker restarted")
-                    _reached(lambda: (asyncio.run(settle(deployments)), _catch_up(served, deployments[0], say)), say)
+                    _reached(lambda: (_settle(served, deployments), _catch_up(served, deployments[0], say)), say)
                 if edited := watcher.edited():
                     events.tell("edited", files=edited)
                     say(f"edited: {', '.join(edited[:5])}{' and more' if len(edited) > 5 else ''}")
@@ -125,7 +125,7 @@ def serve(served: Served, say: Say) -> None:
         finally:
             worker.end()
             with suppress(Exception):  # the server may be gone; the next start settles
-                asyncio.run(settle(deployments))
+                _settle(served, deployments)
             events.tell("serve ended")
     say("no longer served; what was running goes on at the next start")
 
@@ -194,6 +194,12 @@ async def _register(served: Served) -> list[UUID]:
         **common,
     )
     return [await deployment.aapply() for deployment in (rebuild, experiments)]
+
+
+def _settle(served: Served, deployments: Sequence[UUID]) -> None:
+    """`settle`, where runs are processes of this machine; those of containers outlive a worker."""
+    if served.pool == "process":
+        asyncio.run(settle(deployments))
 
 
 async def settle(deployments: Sequence[UUID]) -> None:

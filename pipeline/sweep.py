@@ -111,13 +111,12 @@ def side_by_side(
 
 
 def check(results: Sequence[Result]) -> None:
-    """Raise for those that failed: the first error's kind, every error's message."""
+    """Raise for those that failed: the one error, or an error of the first one's kind with every message."""
     errors = [result.error for result in results if result.error]
-    if not errors:
-        return
-    stopped = [error for error in errors if isinstance(error, StoppedError)]
-    kind = StoppedError if stopped else PipelineError
-    raise kind("\n".join(error.message for error in errors), remedy=errors[0].remedy)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise type(errors[0])("\n".join(error.message for error in errors), remedy=errors[0].remedy)
 
 
 def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
@@ -133,9 +132,7 @@ def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
 def as_table(results: Sequence[Result]) -> Table:
     """For people."""
     told = rows(results)
-    table = Table(
-        title="skill by experiment", caption="`dvc exp show` has every metric, `dvc exp apply NAME` takes one over"
-    )
+    table = Table(title="skill by experiment")
     for name in (names := list(dict.fromkeys(key for row in told for key in row))):
         table.add_column(name, overflow="fold")
     for row in told:

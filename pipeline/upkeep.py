@@ -10,6 +10,9 @@ from pathlib import Path
 from pipeline.errors import BusyError
 from pipeline.journal import MARKER, PLAN, RETRY, BadItem, holder, lease
 
+EXPERIMENTS = "experiments"
+"""Below ``.work``: the clones that experiments run in (`pipeline.experiment`)."""
+
 
 def newest(work: Path, title: str) -> Path | None:
     """The folder of the fingerprint that a stage ran with last, or None where it has not run."""
@@ -49,7 +52,8 @@ class Removed:
 
 
 def clean(work: Path, *, everything: bool = False, dry_run: bool = False) -> list[Removed]:
-    """Remove half-built units that nobody builds and the units of fingerprints that are not a stage's newest.
+    """Remove half-built units that nobody builds, the units of fingerprints that are not a stage's newest, and what
+    experiments left that failed or were stopped.
 
     ``everything``: the newest too; finished artifacts stay, but what they are made of has to be computed again when
     the data set grows.
@@ -65,6 +69,11 @@ def clean(work: Path, *, everything: bool = False, dry_run: bool = False) -> lis
                 for item in found:
                     shutil.rmtree(item.folder)
             removed += found
+    for folder in sorted((work / EXPERIMENTS).glob("*/")):
+        if not folder.is_symlink() and not holder(folder.with_name(f".{folder.name}.lock")):
+            removed.append(Removed(folder, _freed(folder), "an experiment that did not come to its end"))
+            if not dry_run:
+                shutil.rmtree(folder)
     return removed
 
 
