@@ -94,7 +94,6 @@ def serve(served: Served, say: Say) -> None:
         watcher = Watcher(served.root, settle=served.settle_seconds)
         listing = Listing(deployments, say)
         wanted: State | None = None
-        resumed = ""
         # Prefect looks every ten seconds for what there is to run.
         os.environ.setdefault("PREFECT_WORKER_QUERY_SECONDS", str(LOOK_SECONDS))
         try:
@@ -115,13 +114,10 @@ def serve(served: Served, say: Say) -> None:
                 if wanted and _reached(lambda state=wanted: asyncio.run(ask(deployments[0], state, "edited")), say):
                     wanted = None
                 _reached(listing.look, say)
-                if listing.crashed:
+                if listing.crashed:  # gone on with once for each state: what dies twice is for people
                     here = look(served.root)
-                    # Once for each state: what kills it twice is for people.
-                    if here.key == resumed or _reached(
-                        lambda state=here: asyncio.run(ask(deployments[0], state, "crashed", again=True)), say
-                    ):
-                        resumed, listing.crashed = here.key, False
+                    asked = _reached(lambda state=here: asyncio.run(ask(deployments[0], state, "crashed")), say)
+                    listing.crashed = not asked
         finally:
             worker.end()
             with suppress(Exception):  # the server may be gone; the next start settles
@@ -226,16 +222,17 @@ def _missed(run: FlowRun) -> bool:
 
 
 async def ask(deployment: UUID, state: State, reason: str, *, again: bool = False) -> None:
-    """Ask for a rebuild of the workspace as it is, once for each state of it; ``again``: also where that was asked for
-    before. Where one is waiting already, that one will do: it reads the workspace when it starts."""
+    """Ask for a rebuild of the workspace as it is, once for each reason and state; ``again``: also where that was asked
+    for before. Where one is waiting already, that one will do: it reads the workspace when it starts."""
     from prefect.client.orchestration import get_client
 
     async with get_client() as client:
         if await _runs(client, deployment, ["SCHEDULED"], due=True):
             return
-        key = f"{state.key}-{time.time_ns()}" if again else state.key
+        name = f"{reason}-{state.key}"
+        key = f"{name}-{time.time_ns()}" if again else name
         await client.create_flow_run_from_deployment(
-            deployment, parameters={"reason": reason}, idempotency_key=key, name=f"{reason}-{key[:8]}"
+            deployment, parameters={"reason": reason}, idempotency_key=key, name=name[: len(reason) + 9]
         )
 
 

@@ -82,7 +82,6 @@ RUN_ENDS = (("open", r"events\.jsonl w", 8),)
 SERVER_LOADS = (("import", r"^prefect\b", 1),)
 FLOW_LOADS = (("import", r"^prefect\b", 1),)
 FLOW_WAITS = (("sleep", r"^1(\.0)?$", 1),)
-RUN_ENDS_THERE = (*RUN_NEXT, ("open", r"events\.jsonl w", 3))
 SIGNS: tuple[Sign, ...] = ("KILL", "TERM", "INT")
 
 
@@ -239,7 +238,7 @@ def served() -> Iterator[Case]:
     cases.add("flow run", "planning", flow_run(*RUN_PLANS))
     cases.add("flow run", "stage computing", stage(*STUB_COMPUTES), *SIGNS)
     cases.add("flow run", "between two stages", flow_run(*RUN_NEXT))
-    cases.add("flow run", "ending", flow_run(*RUN_ENDS_THERE))
+    cases.add("flow run", "ending", flow_run(*RUN_ENDS))
     cases.add("dvc", "hashing outputs", dvc(*DVC_HASHES))
     cases.add("dvc", "dvc.lock just emptied", dvc(*DVC_WRITES, torn=("dvc.lock", 0)))
     cases.add("stage", "computing", stage(*STUB_COMPUTES))
