@@ -355,7 +355,7 @@ def go_on_and_compare(
         row.failures.append(f"the next run failed: {again.last}")
         return
     row.next_run += told(said, completed=completed)
-    if f"{case.target} ran" in row.next_run and "units built" not in row.next_run:
+    if case.target and f"{case.target} ran" in row.next_run and "units built" not in row.next_run:
         last = workspace.last_run(case.target)
         row.next_run += f", {last['built']} units built, {last['reused']} found ready"
     after = finished(workspace)
