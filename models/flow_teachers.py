@@ -212,10 +212,6 @@ def raft_weights_file(name: str) -> Path:
     return path
 
 
-_NOT_LOADED = (RuntimeError, EOFError, pickle.UnpicklingError, AttributeError, TypeError, LookupError, ValueError)
-"""What torch.load and load_state_dict raise for a file of something else, or for half of one."""
-
-
 def load_raft_weights(raft: RAFT, name: str, file: Path | None = None) -> str:
     """Load torchvision's weights for ``raft_small`` or ``raft_large`` and return the sha256 of their file.
 
@@ -225,7 +221,7 @@ def load_raft_weights(raft: RAFT, name: str, file: Path | None = None) -> str:
     content = path.read_bytes()
     try:
         raft.load_state_dict(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
-    except _NOT_LOADED as error:
+    except (RuntimeError, EOFError, pickle.UnpicklingError, AttributeError, TypeError) as error:
         raise WeightsError(
             f"{path} ({len(content)} bytes) does not hold the weights of {name}: {error}",
             remedy="delete the file, and it will be downloaded again",
