@@ -77,11 +77,18 @@ def foresee(root: Path, finished: Callable[[str, Sequence[str]], bool]) -> list[
         WorkspaceError: DVC cannot read the pipeline.
         DiskFullError: there is no space for its records.
     """
-    try:
+    with _explained(root):
         repo = Repo(str(root))
         graph = get_active_graph(repo.index.graph)
         walk = _Walk(repo, graph, finished)
         return [walk.visit(stage) for stage in plan_repro(graph)]
+
+
+@contextmanager
+def _explained(root: Path) -> Iterator[None]:
+    """What DVC raises, as errors of ours."""
+    try:
+        yield
     except (SCMError, NotDvcRepoError) as error:
         raise WorkspaceError(
             f"DVC finds no repository: {error}",
@@ -103,8 +110,9 @@ def foresee(root: Path, finished: Callable[[str, Sequence[str]], bool]) -> list[
 
 
 def cache_folder(root: Path) -> Path:
-    """Where DVC keeps the outputs of the checkout ``root``."""
-    return Path(Repo(str(root)).cache.local_cache_dir)
+    """Where DVC keeps the outputs of the checkout ``root``. Raises WorkspaceError where DVC cannot open it."""
+    with _explained(root):
+        return Path(Repo(str(root)).cache.local_cache_dir)
 
 
 class _Walk:

@@ -106,7 +106,7 @@ def serve(served: Served, say: Say) -> None:
                     wait_for(os.environ[API], server, stop.is_set)
                 if worker.revive(say):
                     events.tell("worker restarted")
-                    _reached(lambda: (_settle(served, deployments), _catch_up(served, deployments[0], say)), say)
+                    _reached(lambda: _settle(served, deployments), say)
                 if edited := watcher.edited():
                     events.tell("edited", files=edited)
                     say(f"edited: {', '.join(edited[:5])}{' and more' if len(edited) > 5 else ''}")

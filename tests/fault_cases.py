@@ -246,7 +246,6 @@ def served() -> Iterator[Case]:
 
 
 WITH_THE_SUITE = {
-    "dvc-repro-decode-dvc-stage-computing-some-shards-finished-kill",
     "dvc-repro-decode-worker-computing-its-first-shard-kill",
     "dvc-repro-dvc-dvc-lock-just-emptied-kill",
     "dvc-repro-dvc-writing-into-the-run-cache-kill",

@@ -70,6 +70,20 @@ class Service:
         """Every run so far, oldest first."""
         return sorted(self.post("flow_runs/filter", {}), key=lambda run: run["created"])
 
+    def settled(self) -> int:
+        """How many runs there have been, once all have ended and no other one has come for some seconds."""
+        final = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
+        quiet = [time.monotonic(), -1.0]
+
+        def still() -> bool:
+            states = [run["state_type"] for run in self.runs()]
+            if not final.issuperset(states) or len(states) != quiet[1]:
+                quiet[:] = [time.monotonic(), len(states)]
+            return time.monotonic() - quiet[0] > 4
+
+        self.until(still, "quiet")
+        return len(self.runs())
+
     def next_run(self, known: int, *, state: str | None = None) -> dict[str, Any]:
         """The run after the first ``known``, once it is in a state of that type (none: any that is final)."""
         final = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}

@@ -89,7 +89,10 @@ def test_imports_go_one_way(root: Path) -> None:
     """data <- models <- stages; pipeline apart; prefect and dvc only where they are allowed."""
     ours = {"data", "models", "stages", "pipeline"}
     allowed = {"data": {"data"}, "models": {"data", "models"}, "pipeline": {"pipeline"}, "stages": ours}
-    guarded = {"prefect": {"pipeline/orchestrate.py", "pipeline/serve.py"}, "dvc": {"pipeline/dag.py"}}
+    guarded = {
+        "prefect": {"pipeline/orchestrate.py", "pipeline/serve.py", "pipeline/own_server.py"},
+        "dvc": {"pipeline/dag.py", "pipeline/torn.py"},
+    }
     for package, may in allowed.items():
         for file in (root / package).rglob("*.py"):
             name = file.relative_to(root).as_posix()
