@@ -63,8 +63,15 @@ class Service:
             json.dumps(body).encode(),
             {"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=20) as response:
-            return json.load(response)
+        for patience in (1, 2, 4, 8, 0):
+            try:
+                with urllib.request.urlopen(request, timeout=20) as response:
+                    return json.load(response)
+            except OSError:  # 503 while its database is busy; nobody there while it starts again
+                if not patience:
+                    raise
+                time.sleep(patience)
+        raise AssertionError
 
     def runs(self) -> list[dict[str, Any]]:
         """Every run so far, oldest first."""
