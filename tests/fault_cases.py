@@ -248,7 +248,6 @@ def served() -> Iterator[Case]:
 WITH_THE_SUITE = {
     "dvc-repro-decode-worker-computing-its-first-shard-kill",
     "dvc-repro-dvc-dvc-lock-just-emptied-kill",
-    "dvc-repro-dvc-writing-into-the-run-cache-kill",
     "clevrcast-run-dvc-list-of-claimed-paths-just-emptied-kill",
     "clevrcast-run-run-stage-computing-on-a-device-kill",
 }

@@ -17,7 +17,7 @@ from pipeline.dag import differences
 from tests.workspace import Workspace
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
-EDITS = int(os.environ.get("CLEVRCAST_PLAN_EDITS", "2"))
+EDITS = int(os.environ.get("CLEVRCAST_PLAN_EDITS", "1"))
 """How many random edits are planned and run; 200 take a quarter of an hour."""
 PARAMS: dict[str, list[Any]] = {
     "acquire.videos.train": ["0-2", "0-3", "0-4"],
