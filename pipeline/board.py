@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from pipeline.dag import Foreseen
 from pipeline.errors import BusyError, PipelineError
 from pipeline.events import Events
 from pipeline.journal import Plan, missing
+from pipeline.process import last_lines, meanwhile
 from pipeline.reproduce import Outcome
 from pipeline.stage import WORK
 from pipeline.upkeep import newest
@@ -80,24 +80,19 @@ def shown(board: Board, console: Console) -> Iterator[None]:
         with Live(get_renderable=board.table, console=console, refresh_per_second=1 / LOOK_SECONDS):
             yield
         return
-    ended, told = threading.Event(), set[str]()
+    told = set[str]()
 
     def tell() -> None:
-        last = False
-        while not last:
-            last = ended.wait(LOOK_SECONDS)
-            for title, outcome in list(board.outcomes.items()):
-                if title not in told:
-                    told.add(title)
-                    print(f"{title}: {outcome.what}, {outcome.seconds:.1f} s", file=sys.stdout, flush=True)
+        for title, outcome in list(board.outcomes.items()):
+            if title not in told:
+                told.add(title)
+                print(f"{title}: {outcome.what}, {outcome.seconds:.1f} s", file=sys.stdout, flush=True)
 
-    teller = threading.Thread(target=tell)
-    teller.start()
     try:
-        yield
+        with meanwhile(tell, LOOK_SECONDS):
+            yield
     finally:
-        ended.set()
-        teller.join()
+        tell()
 
 
 def failures(board: Board) -> PipelineError | None:
@@ -107,8 +102,7 @@ def failures(board: Board) -> PipelineError | None:
     parts = []
     for outcome in board.failed:
         end = f"exit code {outcome.exit_code}" if outcome.what == "failed" else f"over its {outcome.seconds:.0f} s"
-        lines = outcome.log.read_text(errors="replace").splitlines() if outcome.log else outcome.message.splitlines()
-        said = "\n".join(f"    {line}" for line in lines[-LAST_LINES:])
+        said = last_lines(outcome.log or outcome.message, LAST_LINES)
         parts.append(f"{outcome.title}: {outcome.what} ({end}){f', {outcome.log}' if outcome.log else ''}:\n{said}")
     busy = any(outcome.exit_code == BusyError.exit_code for outcome in board.failed)
     skipped = sum(outcome.what == "skipped" for outcome in board.outcomes.values())

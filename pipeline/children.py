@@ -12,17 +12,13 @@ from pathlib import Path
 
 from pipeline.errors import WorkspaceError
 from pipeline.health.server import answers
-from pipeline.process import end_group, ended_with_us
-from pipeline.stage import WORK
+from pipeline.process import LOGS, Said, end_group, ended_with_us, last_lines
 
 API = "PREFECT_API_URL"
-LOGS = WORK / "logs"
 START_SECONDS = 90.0
 """In which a server has to answer."""
 LIVES_SECONDS = 30.0
 """A child that lived less is started again later and later."""
-
-Say = Callable[[str], object]
 
 
 class Child:
@@ -50,7 +46,7 @@ class Child:
     def alive(self) -> bool:
         return self.process is not None and self.process.poll() is None
 
-    def revive(self, say: Say) -> bool:
+    def revive(self, say: Said) -> bool:
         """Start it again where it has died, at once or, if it keeps dying young, after a while; whether it was."""
         now = time.monotonic()
         if self.alive():
@@ -73,7 +69,7 @@ class Child:
 
 
 @contextmanager
-def server_at(host: str, port: int, say: Say, stopped: Callable[[], bool] = lambda: False) -> Iterator[Child | None]:
+def server_at(host: str, port: int, say: Said, stopped: Callable[[], bool] = lambda: False) -> Iterator[Child | None]:
     """Join the server of ``PREFECT_API_URL``, or one that answers at the port, or start one, which is given back; from
     then on ``PREFECT_API_URL`` names it. Once ``stopped()`` is true its start is not waited for."""
     if url := os.environ.get(API):
@@ -102,9 +98,8 @@ def wait_for(url: str, server: Child, stopped: Callable[[], bool]) -> None:
     until = time.monotonic() + START_SECONDS
     while not answers(url) and not stopped():
         if not server.alive() or time.monotonic() > until:
-            last = "\n".join(f"    {line}" for line in server.log.read_text(errors="replace").splitlines()[-8:])
             raise WorkspaceError(
-                f"no Prefect server could be started at {url}, {server.log}:\n{last}",
+                f"no Prefect server could be started at {url}, {server.log}:\n{last_lines(server.log, 8)}",
                 remedy="use another --port if this one is taken, or name a server in PREFECT_API_URL",
             )
         time.sleep(0.3)

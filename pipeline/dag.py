@@ -7,6 +7,7 @@ looks on while a pipeline runs.
 
 from __future__ import annotations
 
+import functools
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -109,6 +110,7 @@ def _explained(root: Path) -> Iterator[None]:
         ) from error
 
 
+@functools.cache
 def cache_folder(root: Path) -> Path:
     """Where DVC keeps the outputs of the checkout ``root``. Raises WorkspaceError where DVC cannot open it."""
     with _explained(root):

@@ -14,7 +14,9 @@ import uuid
 from datetime import UTC, datetime
 from pathlib import Path
 
-FILE = Path(".work/logs/events.jsonl")
+from pipeline.process import LOGS
+
+FILE = LOGS / "events.jsonl"
 MOST_BYTES = 16 * 2**20
 """A longer file is set aside as ``events.jsonl.1``, in place of the one before."""
 

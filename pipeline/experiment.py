@@ -26,14 +26,12 @@ from pipeline.dag import cache_folder
 from pipeline.errors import ParamsError, PipelineError, StoppedError, WorkspaceError
 from pipeline.journal import MARKER, PLAN, lease
 from pipeline.params import read_yaml
-from pipeline.process import supervise
+from pipeline.process import LOGS, Said, last_lines, supervise
 from pipeline.profiles import edit
 from pipeline.stage import WORK
 from pipeline.upkeep import EXPERIMENTS, newest, titles
 
 FOLDER = WORK / EXPERIMENTS
-
-Said = Callable[[str], object]
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,6 @@ def carry_out(
     root: Path,
     trial: Trial,
     *,
-    jobs: int | None = None,
     stopped: Callable[[], bool] = lambda: False,
     said: Said = lambda line: None,
 ) -> dict[str, float]:
@@ -87,16 +84,14 @@ def carry_out(
         _clone(root, folder)
         edit(folder / "params.yaml", lambda params: replace_leaves(params, trial.changes), trial.told)
         command = [sys.executable, "-m", "pipeline.cli", "run", *trial.targets]
-        command += ["--jobs", str(jobs)] if jobs else []
         environment = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
-        log = root / WORK / "logs" / f"experiment-{trial.name}.log"
+        log = root / LOGS / f"experiment-{trial.name}.log"
         ended = supervise(command, log, cwd=folder, environment=environment, stopped=stopped, said=said)
         if ended == "stopped":
             raise StoppedError(f"the experiment {trial.name} was stopped", remedy="start it again: it goes on")
         if ended:
-            last = "\n".join(f"    {line}" for line in log.read_text(errors="replace").splitlines()[-20:])
             raise PipelineError(
-                f"the experiment {trial.name} failed (exit code {ended}), {log}:\n{last}",
+                f"the experiment {trial.name} failed (exit code {ended}), {log}:\n{last_lines(log, 20)}",
                 remedy="mend what the last lines name and start it again under the same name: it goes on",
             )
         # Without targets DVC wants every output of the graph, those that nobody asked for too.

@@ -142,24 +142,19 @@ def experiments(
     jobs: int = 1,
 ) -> State[Any]:
     """The workspace with other parameters, beside it: one `dvc exp`, or one for every combination of ``over``."""
-    stop = threading.Event()
+    stop, places = threading.Event(), threading.BoundedSemaphore(max(1, jobs))
 
     def run_one(trial: sweeps.Trial) -> sweeps.Result:
-        say = get_run_logger().info
-        (result,) = sweeps.side_by_side(Path.cwd(), [trial], jobs=1, stopped=stop.is_set, said=say)
+        logger = get_run_logger()
+        with places:
+            result = sweeps.attempt(Path.cwd(), trial, stopped=stop.is_set, said=logger.info)
         if result.error:
-            get_run_logger().error(str(result.error))
+            logger.error(str(result.error))
         return result
 
     try:
         wanted = sweeps.trials(Path.cwd(), name, set or {}, over, targets or ())
-        places = threading.BoundedSemaphore(max(1, jobs))
-
-        def in_its_turn(trial: sweeps.Trial) -> sweeps.Result:
-            with places:
-                return run_one(trial)
-
-        trial_task = _task(in_its_turn)
+        trial_task = _task(run_one)
         futures = [trial_task.with_options(task_run_name=trial.name).submit(trial) for trial in wanted]
         results = [future.result() for future in futures]
         create_table_artifact(sweeps.rows(results), key="experiments", description="Skill by experiment.")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import socket
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -17,8 +16,9 @@ from prefect.events.worker import EventsWorker
 from prefect.logging.handlers import APILogHandler
 from prefect.settings import get_current_settings
 
-from pipeline.children import API, Child, server_at
+from pipeline.children import API, server_at
 from pipeline.errors import StoppedError
+from pipeline.process import meanwhile
 
 LOOK_SECONDS = 1.0
 SEND_SECONDS = 5.0
@@ -42,7 +42,8 @@ def some_server(stopped: Callable[[], bool]) -> Iterator[None]:
             if stopped():
                 raise StoppedError("stopped while the server was starting", remedy="the same command goes on")
             if server is not None:
-                care.enter_context(_revived(server))
+                # Prefect's clients try for two minutes to reach it.
+                care.enter_context(meanwhile(lambda: server.revive(lambda said: None), LOOK_SECONDS))
             refresh_global_settings_context()
             try:
                 yield
@@ -52,21 +53,3 @@ def some_server(stopped: Callable[[], bool]) -> Iterator[None]:
     finally:
         os.environ.pop(API, None)
         refresh_global_settings_context()
-
-
-@contextmanager
-def _revived(server: Child) -> Iterator[None]:
-    """Start it again whenever it dies; Prefect's clients try for two minutes to reach it."""
-    ended = threading.Event()
-
-    def care() -> None:
-        while not ended.wait(LOOK_SECONDS):
-            server.revive(lambda said: None)
-
-    thread = threading.Thread(target=care)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()

@@ -13,8 +13,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Final, Literal
 
@@ -22,6 +24,11 @@ STARTED_BY: Final = os.getppid()
 PATIENCE = 0.1
 GRACE = 10.0
 """Seconds between asking a process to stop and killing it."""
+LOGS = Path(".work/logs")
+"""What programs that we start have said, below the workspace."""
+
+Said = Callable[[str], object]
+"""Gets what is said, line by line."""
 
 
 PR_SET_PDEATHSIG = 1
@@ -71,7 +78,7 @@ def supervise(
     environment: Mapping[str, str] | None = None,
     limit_seconds: float | None = None,
     stopped: Callable[[], bool] = lambda: False,
-    said: Callable[[str], object] = lambda line: None,
+    said: Said = lambda line: None,
 ) -> int | Literal["stopped", "late"]:
     """Run a command to its end as a process group of its own; its exit code, or why it was ended.
 
@@ -110,6 +117,30 @@ def supervise(
     return process.returncode
 
 
+def last_lines(said: Path | str, most: int) -> str:
+    """The end of a log or a text, indented, for an error message."""
+    text = said.read_text(errors="replace") if isinstance(said, Path) else said
+    return "\n".join(f"    {line}" for line in text.splitlines()[-most:])
+
+
+@contextmanager
+def meanwhile(look: Callable[[], object], seconds: float) -> Iterator[None]:
+    """Call ``look`` every so many seconds, in a thread, as long as the block lasts."""
+    ended = threading.Event()
+
+    def looks() -> None:
+        while not ended.wait(seconds):
+            look()
+
+    thread = threading.Thread(target=looks)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
 def end_group(process: subprocess.Popen[bytes]) -> None:
     """Where it still runs, the group of ``process`` is asked, and after `GRACE` killed; nothing of it is left."""
     for sign, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, None)):
@@ -123,7 +154,7 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _pass_on(stream: BinaryIO, said: Callable[[str], object]) -> None:
+def _pass_on(stream: BinaryIO, said: Said) -> None:
     """The lines that have been written since; one that is not finished waits for the rest of it."""
     while line := stream.readline():
         if not line.endswith(b"\n"):

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.errors import BusyError
-from pipeline.process import supervise
+from pipeline.process import LOGS, Said, supervise
 
-LOGS = Path(".work/logs")
 RETRIED = {BusyError.exit_code, -signal.SIGKILL, 128 + signal.SIGKILL}
 """Exit codes of stages after which another try may succeed: somebody else was at it, or the kernel ran out of memory.
 Bad input, wrong parameters and a full disk are as they were."""
@@ -54,7 +53,7 @@ def reproduce(
     environment: Mapping[str, str] | None = None,
     limit_seconds: float | None = None,
     stopped: Callable[[], bool] = lambda: False,
-    said: Callable[[str], object] = lambda line: None,
+    said: Said = lambda line: None,
     logs: Path = LOGS,
 ) -> Outcome:
     """Bring one stage up to date, if those before it are, and wait for it, as `pipeline.process.supervise` tells.

@@ -30,6 +30,7 @@ from pipeline.leases import leased
 from pipeline.notify import told_if_it_fails
 from pipeline.params import load_params
 from pipeline.plan import foreseen
+from pipeline.process import Said
 from pipeline.reproduce import RETRIED, Outcome, reproduce
 from pipeline.stage import WORK
 
@@ -39,8 +40,6 @@ DEVICES = "CLEVRCAST_GPUS"
 RUN_LOCK = WORK / "run.lock"
 WAIT_SECONDS = 3.0
 """Before a second try; twice as long before a third, and so on: whoever was in the way may have gone."""
-
-Said = Callable[[str], object]
 
 
 class Work(Protocol):

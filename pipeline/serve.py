@@ -27,10 +27,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import UUID
 
-from pipeline.children import API, LOGS, Child, Say, server_at, wait_for
+from pipeline.children import API, Child, server_at, wait_for
 from pipeline.errors import PipelineError
 from pipeline.events import Events
 from pipeline.journal import lease
+from pipeline.process import LOGS, Said
 from pipeline.running import asked_to_stop, prepared
 from pipeline.stage import WORK
 from pipeline.watch import State, Watcher, look
@@ -72,7 +73,7 @@ class Served:
         return f"clevrcast.workspace.{self.name}"
 
 
-def serve(served: Served, say: Say) -> None:
+def serve(served: Served, say: Said) -> None:
     """Serve until Ctrl-C or SIGTERM; what is running then is stopped and goes on at the next start.
 
     Raises:
@@ -126,7 +127,7 @@ def serve(served: Served, say: Say) -> None:
     say("no longer served; what was running goes on at the next start")
 
 
-def _catch_up(served: Served, deployment: UUID, say: Say) -> None:
+def _catch_up(served: Served, deployment: UUID, say: Said) -> None:
     """Ask for a rebuild where something is not up to date: edited while nobody served, or stopped in the middle."""
     try:
         stages = prepared(served.root).stages
@@ -210,15 +211,10 @@ async def settle(deployments: Sequence[UUID]) -> None:
                 cancelled = run.state is not None and run.state.is_cancelling()
                 state = Cancelled() if cancelled else Crashed(message="its process ended with what served it")
                 await client.set_flow_run_state(run.id, state, force=True)
-            late = [run for run in await _runs(client, deployment, ["SCHEDULED"]) if _missed(run)]
-            for run in sorted(late, key=lambda run: run.expected_start_time or datetime.now(UTC))[:-1]:
+            late = [run for run in await _runs(client, deployment, ["SCHEDULED"], due=True) if run.auto_scheduled]
+            for run in sorted(late, key=lambda run: run.expected_start_time or _now())[:-1]:
                 state = Cancelled(message="missed while nothing served; a later one stands for it")
                 await client.set_flow_run_state(run.id, state, force=True)
-
-
-def _missed(run: FlowRun) -> bool:
-    due = run.expected_start_time
-    return bool(run.auto_scheduled and due and due < datetime.now(UTC))
 
 
 async def ask(deployment: UUID, state: State, reason: str, *, again: bool = False) -> None:
@@ -262,7 +258,7 @@ def _now() -> Any:  # Prefect annotates its own kind of datetime
 class Listing:
     """Says in the terminal what becomes of runs; ``crashed``: whether one of the first deployment did."""
 
-    def __init__(self, deployments: Sequence[UUID], say: Say) -> None:
+    def __init__(self, deployments: Sequence[UUID], say: Said) -> None:
         self.deployments, self.say = deployments, say
         self._since = datetime.now(UTC)
         self.crashed = False
@@ -287,7 +283,7 @@ class Listing:
                         self.crashed |= run.state.is_crashed() and deployment == self.deployments[0]
 
 
-def _reached(call: Callable[[], object], say: Say) -> bool:
+def _reached(call: Callable[[], object], say: Said) -> bool:
     """Do what needs the server; false where that is on its way down or up, and it has to be done again."""
     try:
         call()

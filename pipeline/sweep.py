@@ -16,8 +16,9 @@ from rich.table import Table
 from ruamel.yaml import YAML, YAMLError
 
 from pipeline.errors import ParamsError, PipelineError, StoppedError
-from pipeline.experiment import Said, Trial, carry_out, replace_leaves
+from pipeline.experiment import Trial, carry_out, replace_leaves
 from pipeline.params import parse_params, read_yaml
+from pipeline.process import Said
 
 EVERY = "*"
 """In a key under ``predictors``: each of them in turn."""
@@ -83,6 +84,16 @@ def trials(
     return found
 
 
+def attempt(root: Path, trial: Trial, *, stopped: Callable[[], bool], said: Said) -> Result:
+    """Run one experiment; it never raises what a user can mend."""
+    try:
+        if stopped():
+            raise StoppedError(f"the experiment {trial.name} was not begun", remedy="start the sweep again")
+        return Result(trial, carry_out(root, trial, stopped=stopped, said=said))
+    except PipelineError as error:
+        return Result(trial, error=error)
+
+
 def side_by_side(
     root: Path,
     wanted: Sequence[Trial],
@@ -99,12 +110,7 @@ def side_by_side(
             with speaking:
                 said(line if len(wanted) == 1 else f"{trial.name} | {line}")
 
-        try:
-            if stopped():
-                raise StoppedError(f"the experiment {trial.name} was not begun", remedy="start the sweep again")
-            return Result(trial, carry_out(root, trial, stopped=stopped, said=say))
-        except PipelineError as error:
-            return Result(trial, error=error)
+        return attempt(root, trial, stopped=stopped, said=say)
 
     with ThreadPoolExecutor(max(1, jobs)) as pool:
         return list(pool.map(run, wanted))

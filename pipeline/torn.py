@@ -23,7 +23,7 @@ import fcntl
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from ruamel.yaml import YAML, YAMLError
 
 from pipeline.errors import WorkspaceError
 from pipeline.journal import write_atomically
+from pipeline.process import Said
 
 LOCK = "dvc.lock"
 WHOLE = ".work/dvc.lock.whole"
@@ -43,7 +44,7 @@ YOUNG_SECONDS = 2.0
 """A folder of the run cache may be empty for as long, since its entry is just being written."""
 
 
-def mend(root: Path, say: Callable[[str], object] = print, *, wait: bool = True) -> None:
+def mend(root: Path, say: Said = print, *, wait: bool = True) -> None:
     """Mend what a killed DVC has left. While another DVC has its lock, also after some seconds' ``wait``, the files
     that it may be writing are left alone.
 
@@ -131,7 +132,7 @@ def dvc_stands_still(root: Path, seconds: float) -> Iterator[bool]:
         yield True
 
 
-def _mend_paths(root: Path, say: Callable[[str], object]) -> None:
+def _mend_paths(root: Path, say: Said) -> None:
     """Take out of DVC's list of claimed paths what would be in its way for ever; all of it, if nobody can read it.
 
     DVC itself drops entries of processes that are no more, but not those whose process id has gone to another program

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -198,26 +198,20 @@ def _pretrained(root: Path, params: Params) -> Iterator[Finding]:
         if vae.pretrained is not None:
             from models.autoencoder import CONFIG, WEIGHTS
 
-            absent = [file for file in (CONFIG, WEIGHTS) if not (root / vae.pretrained / file).is_file()]
-            if absent:
-                yield bad(
-                    f"vae.{key}.pretrained: {root / vae.pretrained} has no {listed(absent)}",
-                    "give the folder of an autoencoder, or leave it out (and train: training.steps)",
-                )
-            else:
-                yield good(f"vae.{key}.pretrained: {vae.pretrained}")
+            remedy = "give the folder of an autoencoder, or leave it out (and train: training.steps)"
+            yield _whole(f"vae.{key}.pretrained", root, vae.pretrained, (CONFIG, WEIGHTS), remedy)
     for name, block in params.predictors.items():
         if block.pretrained is not None:
             from models.checkpoint import META, WEIGHTS
 
-            absent = [file for file in (META, WEIGHTS) if not (root / block.pretrained / file).is_file()]
-            if absent:
-                yield bad(
-                    f"predictors.{name}.pretrained: {root / block.pretrained} has no {listed(absent)}",
-                    "give the folder of a finished train@NAME, or leave it out",
-                )
-            else:
-                yield good(f"predictors.{name}.pretrained: {block.pretrained}")
+            remedy = "give the folder of a finished train@NAME, or leave it out"
+            yield _whole(f"predictors.{name}.pretrained", root, block.pretrained, (META, WEIGHTS), remedy)
+
+
+def _whole(where: str, root: Path, place: str, files: Sequence[str], remedy: str) -> Finding:
+    """Whether a folder below the checkout has all the files."""
+    absent = [file for file in files if not (root / place / file).is_file()]
+    return bad(f"{where}: {root / place} has no {listed(absent)}", remedy) if absent else good(f"{where}: {place}")
 
 
 def _download(what: str, path: Path, url: str, ways: str) -> Finding:
