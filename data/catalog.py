@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,14 @@ class Catalog:
             "files": files,
         }
         write_manifest(self.root, body)
+
+    def video(self, video: int) -> Video:
+        """One video by its id. Raises KeyError where there is none."""
+        return self._by_id[video]
+
+    @cached_property
+    def _by_id(self) -> dict[int, Video]:
+        return {v.id: v for v in self.videos}
 
     def split(self, name: str) -> tuple[int, ...]:
         """Ids of one split.

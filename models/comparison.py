@@ -6,6 +6,7 @@ difference (`models.metrics.paired_difference`) takes that out, and is what a cl
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,8 +29,11 @@ class Comparison:
 def compare(results: Sequence[Evaluation], *, baseline: str, others: Sequence[str], seed: int) -> Comparison:
     """Scores of all ``results``, and the differences of ``others`` to ``baseline``, all on the same draws of videos.
 
-    Raises ValueError where they were not measured on the same windows.
+    Raises ValueError where they were not measured under one protocol, on the same windows.
     """
+    protocols = {json.dumps(result.protocol, sort_keys=True) for result in results if result.protocol}
+    if len(protocols) > 1:
+        raise ValueError(f"results of different protocols cannot stand in one table: {' and '.join(sorted(protocols))}")
     states = {result.name: result.state for result in results}
     scores = {name: score(state, np.random.default_rng(seed)) for name, state in states.items()}
     advantage = {

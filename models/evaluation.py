@@ -7,13 +7,14 @@ however many windows there are (OpenSTL issue 66). `models.results` writes what 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float64, Int, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.clips import Context
 from data.errors import EmptyError
@@ -22,21 +23,59 @@ from models.examples import Example, Examples
 from models.object_statistics import box_statistics, collision_histograms, collision_statistics
 from models.predictor import Predictor, Rollout
 from models.statistics import (
+    Moments,
     State,
     Statistic,
     check_finite,
     flow_statistics,
     merge,
-    perceptual_statistics,
+    moments_of,
     picture_statistics,
     state_of,
     visibility_statistics,
 )
+from models.temporal_statistics import (
+    consistency_statistics,
+    perceptual_statistics,
+    smoothness_statistics,
+)
+from models.video_features import FilmFeatures
 
 _PENDING = 32
 _PROBABILITIES = ("presence", "collision")
 Distance = Callable[[Tensor, Tensor], Tensor]
 """One number for each of n pairs of pictures (n, 3, h, w) in [0, 1]."""
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """Gives one vector for each of n pictures (n, 3, h, w) in [0, 1]."""
+
+    def summary(self, frames: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Networks:
+    """What some metrics are measured with, on the device of the evaluation; without it they are not measured.
+
+    ``perceptual`` is LPIPS; ``encoders`` give features of pictures, by the name of the consistency that they measure;
+    ``films`` give features of films (observed and predicted frames), by the name of the distance (``fvd``, ``jedi``).
+    ``smoothness`` needs no weights, but a second of a CPU for some hundred frames.
+    """
+
+    perceptual: Distance | None = None
+    encoders: Mapping[str, Encoder] = field(default_factory=dict)
+    films: Mapping[str, FilmFeatures] = field(default_factory=dict)
+    smoothness: bool = False
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """Those that have weights."""
+        every = (self.perceptual, *self.encoders.values(), *self.films.values())
+        return [network for network in every if isinstance(network, nn.Module)]
+
+
+NO_NETWORKS = Networks()
 
 
 @dataclass(frozen=True)
@@ -79,13 +118,14 @@ class Speed:
 class Evaluation:
     """What one predictor did on all windows. Everything but ``speed`` (None when read back from a
     folder) repeats with the seed. ``parameters`` counts everything that a rollout runs, frozen and borrowed modules
-    included."""
+    included. ``protocol`` is known of what was read back."""
 
     name: str
     state: State
     parameters: int
     examples: tuple[Example, ...]
     speed: Speed | None
+    protocol: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def windows(self) -> int:
@@ -101,16 +141,15 @@ def evaluate(
     device: torch.device | str = "cpu",
     moving_px: float = 0.5,
     frame_stride: int = 1,
-    perceptual: Distance | None = None,
+    networks: Networks = NO_NETWORKS,
 ) -> Evaluation:
     """Rolls ``predictor`` out on every window, in evaluation mode and `torch.inference_mode`.
 
     Each batch draws from a generator (on ``device``) seeded by ``seed`` and the batch's first window, so that a
     result does not depend on the batches before it. ``moving_px`` divides moving from background pixels in the
-    end-point errors, ``frame_stride`` source frames lie between two steps (for tolerances in time), ``perceptual`` is
-    LPIPS on ``device``, which is not measured without it. Raises `EmptyError` without windows, `NonFiniteError` naming
-    video, window and step, and `ValueError` for a rollout of another shape or with colours or probabilities outside
-    [0, 1].
+    end-point errors, ``frame_stride`` source frames lie between two steps (for tolerances in time). Raises `EmptyError`
+    without windows, `NonFiniteError` naming video, window and step, and `ValueError` for a rollout of another shape or
+    with colours or probabilities outside [0, 1].
     """
     device = torch.device(device)
     was_training = predictor.training
@@ -123,7 +162,7 @@ def evaluate(
 
     try:
         parameters = sum(p.numel() for p in predictor.parameters())
-        measures = _Measures(moving_px, frame_stride, perceptual)
+        measures = _Measures(moving_px, frame_stride, networks)
         return _measure(predict, windows, name, seed, device, measures, parameters)
     finally:
         predictor.train(was_training)
@@ -137,7 +176,7 @@ def evaluate_reconstruction(
     seed: int,
     device: torch.device | str = "cpu",
     parameters: int = 0,
-    perceptual: Distance | None = None,
+    networks: Networks = NO_NETWORKS,
 ) -> Evaluation:
     """The ceiling of everything that predicts latents: the *true* future through encoder and decoder.
 
@@ -148,14 +187,14 @@ def evaluate_reconstruction(
         b, y = window.frames.shape[:2]
         return Rollout(reconstruct(window.frames.flatten(0, 1)).clamp(0, 1).unflatten(0, (b, y)))
 
-    return _measure(predict, windows, name, seed, torch.device(device), _Measures(perceptual=perceptual), parameters)
+    return _measure(predict, windows, name, seed, torch.device(device), _Measures(networks=networks), parameters)
 
 
 @dataclass(frozen=True)
 class _Measures:
     moving_px: float = 0.5
     frame_stride: int = 1
-    perceptual: Distance | None = None
+    networks: Networks = NO_NETWORKS
 
 
 def _measure(
@@ -176,7 +215,8 @@ def _measure(
             rollout, seconds = _timed(predict, window, device)
             _check(rollout, window, name)
             statistics = _statistics(rollout, window, measures)
-        pending.append(state_of(window.video.cpu().numpy(), statistics, _histograms(rollout, window)))
+            moments = _moments(rollout, window, measures.networks.films)
+        pending.append(state_of(window.video.cpu().numpy(), statistics, _histograms(rollout, window), moments))
         if len(pending) == _PENDING:
             pending = [merge(*pending)]
         b, y = window.frames.shape[:2]
@@ -236,9 +276,15 @@ def _check(rollout: Rollout, window: Window, name: str) -> None:
 
 
 def _statistics(rollout: Rollout, window: Window, measures: _Measures) -> dict[str, Statistic]:
-    out = picture_statistics(rollout.frames, window.frames, window.context.frames[:, -1], window.foreground)
-    if measures.perceptual is not None:
-        out |= perceptual_statistics(measures.perceptual, rollout.frames, window.frames)
+    networks = measures.networks
+    films = rollout.frames, window.frames, window.context.frames[:, -1]
+    out = picture_statistics(*films, window.foreground)
+    if networks.perceptual is not None:
+        out |= perceptual_statistics(networks.perceptual, *films)
+    for name, encoder in networks.encoders.items():
+        out |= consistency_statistics(encoder.summary, name, *films)
+    if networks.smoothness:
+        out |= smoothness_statistics(*films)
     if rollout.flow_bwd is not None and window.true_flow_bwd is not None:
         moving_px = measures.moving_px
         out |= flow_statistics(rollout.flow_bwd, window.true_flow_bwd, window.true_visible, moving_px=moving_px)
@@ -255,6 +301,16 @@ def _histograms(rollout: Rollout, window: Window) -> dict[str, Float64[np.ndarra
     if rollout.collision is None or window.true_collision is None:
         return {}
     return collision_histograms(rollout.collision, window.true_collision)
+
+
+def _moments(rollout: Rollout, window: Window, networks: Mapping[str, FilmFeatures]) -> dict[str, Moments]:
+    observed = window.context.frames
+    films = {"said": torch.cat([observed, rollout.frames], 1), "true": torch.cat([observed, window.frames], 1)}
+    return {
+        f"{name}_{which}": moments_of(torch.cat([features(film) for film in frames.split(1)]))
+        for name, features in networks.items()
+        for which, frames in films.items()
+    }
 
 
 def _offer(examples: Examples, statistics: dict[str, Statistic], rollout: Rollout, window: Window) -> None:

@@ -37,15 +37,22 @@ class FrozenViT(nn.Module):
         for name, value in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.tensor(value)[:, None, None], persistent=False)
 
-    def tokens(self, images: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b n c"]:
-        """The last layer's tokens of patches, row by row, without the class token."""
+    def tokens(self, images: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b n+1 c"]:
+        """The last layer's tokens: that of the class, then those of the patches, row by row."""
         raise NotImplementedError
 
     def forward(self, frames: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c g g"]:
+        patches = self.tokens(self._as_trained(frames))[:, 1:]
+        side = round(patches.shape[1] ** 0.5)
+        return patches.transpose(1, 2).unflatten(2, (side, side))
+
+    def summary(self, frames: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c"]:
+        """One vector for each frame: the class token."""
+        return self.tokens(self._as_trained(frames))[:, 0]
+
+    def _as_trained(self, frames: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 s s"]:
         images = F.interpolate(frames, (self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
-        tokens = self.tokens((images - self.get_buffer("mean")) / self.get_buffer("std"))
-        side = round(tokens.shape[1] ** 0.5)
-        return tokens.transpose(1, 2).unflatten(2, (side, side))
+        return (images - self.get_buffer("mean")) / self.get_buffer("std")
 
 
 class TransformersViT(FrozenViT):
@@ -55,8 +62,8 @@ class TransformersViT(FrozenViT):
         super().__init__(size=model.config.image_size, channels=model.config.hidden_size, mean=mean, std=std)
         self.model = model.float().requires_grad_(False)
 
-    def tokens(self, images: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b n c"]:
-        return self.model(pixel_values=images).last_hidden_state[:, 1:]
+    def tokens(self, images: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b n+1 c"]:
+        return self.model(pixel_values=images).last_hidden_state
 
 
 class TorchvisionViT(FrozenViT):
@@ -66,10 +73,10 @@ class TorchvisionViT(FrozenViT):
         super().__init__(size=model.image_size, channels=model.hidden_dim, mean=mean, std=std)
         self.model = model.requires_grad_(False)
 
-    def tokens(self, images: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b n c"]:
+    def tokens(self, images: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b n+1 c"]:
         patches = self.model.conv_proj(images).flatten(2).transpose(1, 2)
         first = self.model.class_token.expand(len(images), -1, -1)
-        return self.model.encoder(torch.cat([first.to(patches.dtype), patches], dim=1))[:, 1:]
+        return self.model.encoder(torch.cat([first.to(patches.dtype), patches], dim=1))
 
 
 def build_pretrained(name: str) -> FrozenViT | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import pickle
 import warnings
 from pathlib import Path
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -17,21 +18,23 @@ from torch import Tensor, nn
 from data.errors import WeightsError
 from models.weights import fit_weights
 
+Net = Literal["squeeze", "alex", "vgg"]
+
 
 class Perceptual(nn.Module):
-    """LPIPS on SqueezeNet 1.1, frozen and always in evaluation mode. `load_lpips` gives one with weights.
+    """LPIPS on SqueezeNet 1.1 (or ``net`` alex, vgg), frozen and in evaluation mode. `load_lpips` gives it weights.
 
     It holds no gradient of its own, but passes those of the pictures. Computed in float32 under autocast too.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, net: Net = "squeeze") -> None:
         super().__init__()
         import lpips  # here, not above: it brings scipy and a trainer, and few runs need it
 
         # Its weights are drawn (and torchvision's old spelling warned about) only to be overwritten.
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore", UserWarning)
-            self.lpips = lpips.LPIPS(net="squeeze", pnet_rand=True, pretrained=False, verbose=False)
+            self.lpips = lpips.LPIPS(net=net, pnet_rand=True, pretrained=False, verbose=False)
         self.lpips.requires_grad_(False)
         self.eval()
 
@@ -51,12 +54,12 @@ class Perceptual(nn.Module):
             return torch.stack(layers).sum(0)
 
 
-def load_lpips(path: Path) -> Perceptual:
-    """LPIPS with the weights of ``path``: the state dict of ``lpips.LPIPS(net="squeeze")``, trunk included.
+def load_lpips(path: Path, net: Net = "squeeze") -> Perceptual:
+    """LPIPS with the weights of ``path``: the state dict of ``lpips.LPIPS(net=net)``, trunk included.
 
     Nothing but tensors is unpickled. Raises WeightsError if the file is absent, unreadable or of another network.
     """
-    remedy = 'save the state dict of lpips.LPIPS(net="squeeze") there, or leave the perceptual weights out'
+    remedy = f'save the state dict of lpips.LPIPS(net="{net}") there, or leave the perceptual weights out'
     if not path.is_file():
         raise WeightsError(f"there is no file {path} with the weights of LPIPS", remedy=remedy)
     try:
@@ -65,8 +68,8 @@ def load_lpips(path: Path) -> Perceptual:
         raise WeightsError(f"{path} cannot be read: {error}", remedy=remedy) from error
     if not isinstance(weights, dict):
         raise WeightsError(f"{path} holds a {type(weights).__name__}, not a state dict", remedy=remedy)
-    perceptual = Perceptual()
-    fit_weights(perceptual.lpips.state_dict(), weights, source=f"{path} (for LPIPS on SqueezeNet)", remedy=remedy)
+    perceptual = Perceptual(net)
+    fit_weights(perceptual.lpips.state_dict(), weights, source=f"{path} (for LPIPS on {net})", remedy=remedy)
     return perceptual
 
 

@@ -15,7 +15,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -44,12 +44,14 @@ def write_results(
     fps: float,
     headline_steps: Sequence[int] = (1, 6, 12),
     adapted: Evaluation | None = None,
+    protocol: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes the folder above, repeatable byte for byte: the speed, which is not, is left to the caller.
 
     ``seed`` draws the bootstrap, ``fps`` is the rate of the films (that of the frames after striding, or slower).
     ``headline_steps`` beyond the horizon are left out of ``metrics.json``. ``adapted``, the same predictor with
-    test-time training, stands there under that name with the paired difference of skill.
+    test-time training, stands there under that name with the paired difference of skill. ``protocol`` (its name, and
+    what was evaluated under it) and the versions of the metrics travel with the figures.
     """
     folder.mkdir(parents=True, exist_ok=True)
     scores = score(evaluation.state, np.random.default_rng(seed))
@@ -64,6 +66,7 @@ def write_results(
             "step": other["step"],
             "skill_gained": {"overall": _interval(gained.overall), "steps": steps},
         }
+    headline |= {"protocol": dict(protocol or {}), "versions": {name: METRICS[name].version for name in scores}}
     _write(folder / "metrics.json", _json(headline))
     _write(folder / "by_horizon.csv", _by_horizon(evaluation.name, scores))
     _write(folder / "states.json", evaluation.state.to_json())
@@ -80,12 +83,19 @@ def read_results(folder: Path) -> Evaluation:
         if not (folder / name).is_file():
             raise StoreError(f"{folder} has no {name}", remedy="run the evaluate stage of this predictor again")
     headline = json.loads((folder / "metrics.json").read_text())
+    current = {name: METRICS[name].version for name in headline.get("versions", {}) if name in METRICS}
+    if (found := headline.get("versions")) != current:
+        raise StoreError(
+            f"the metrics of {folder} have the versions {found}, this code computes {current}",
+            remedy="evaluate again: `dvc repro`",
+        )
     return Evaluation(
         name=headline["predictor"],
         state=from_json((folder / "states.json").read_text()),
         parameters=headline["parameters"],
         examples=tuple(_load_example(path) for path in sorted((folder / "examples").glob("*.npz"))),
         speed=None,
+        protocol=headline["protocol"],
     )
 
 
@@ -148,7 +158,7 @@ def _interval(estimate: Estimate) -> dict[str, float]:
 
 def _by_horizon(name: str, scores: dict[str, Score]) -> str:
     """One row per step; a metric that was not measured leaves its cell empty, and the columns never change."""
-    by_step = [name for name, metric in METRICS.items() if metric.overall != "ranked"]
+    by_step = [name for name, metric in METRICS.items() if metric.overall not in ("ranked", "whole")]
     columns = ["predictor", "step"]
     for metric in by_step:
         columns += [metric, f"{metric}_low", f"{metric}_high"] if metric in _WITH_INTERVAL else [metric]

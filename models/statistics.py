@@ -9,22 +9,29 @@ step stays below 2**21: batches, shards, workers and restarts then combine to th
 totals are merely accurate to float64. What was not measured has a count of zero or no entry, never a value of zero.
 
 What has to be ranked over the whole set (average precision) is no mean of anything: such scores are counted in
-*histograms*, which add up as exactly. Boxes and collisions are in `models.object_statistics`.
+*histograms*, which add up as exactly. Distances between distributions (FVD, JEDi) come from the *moments* of features,
+which add up to float64. Boxes and collisions are in `models.object_statistics`, what follows frames through time in
+`models.temporal_statistics`.
 """
 
 from __future__ import annotations
 
+import base64
 import json
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float64, Int, Int64
 from torch import Tensor
 
-from data.errors import EmptyError, NonFiniteError
+from data.errors import EmptyError, NonFiniteError, StoreError
 
+VERSION = 2
+"""Of what the names below stand for; raise it with a definition. States of two versions are never put together."""
 SSIM_WINDOW = 11
 SSIM_SIGMA = 1.5
 FRAME_PSNR_CAP_DB = 100.0
@@ -41,15 +48,35 @@ class Statistic:
 
 
 @dataclass(frozen=True)
+class Moments:
+    """Sums over ``count`` feature vectors: the vectors, and their outer products."""
+
+    count: int
+    total: Float64[np.ndarray, " d"]
+    outer: Float64[np.ndarray, "d d"]
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(self.count + other.count, self.total + other.total, self.outer + other.outer)
+
+
+def moments_of(features: Float[Tensor, "n d"]) -> Moments:
+    """The moments of n feature vectors."""
+    values = features.detach().double().cpu().numpy()
+    return Moments(len(values), values.sum(axis=0), values.T @ values)
+
+
+@dataclass(frozen=True)
 class State:
     """What an evaluation remembers: one `Statistic` per name with one row per video (ids ascending, unique).
 
-    ``histograms`` count scores in bins, of all steps together, with the same rows.
+    ``histograms`` count scores in bins, of all steps together, with the same rows. ``moments`` are of features of whole
+    windows of all videos together: they do not say which video gave what.
     """
 
     videos: Int64[np.ndarray, " v"]
     statistics: dict[str, Statistic]
     histograms: dict[str, Float64[np.ndarray, "v _"]] = field(default_factory=dict)
+    moments: dict[str, Moments] = field(default_factory=dict)
 
     @property
     def horizon(self) -> int:
@@ -61,25 +88,51 @@ class State:
             name: {"total": s.total.tolist(), "count": s.count.tolist()} for name, s in sorted(self.statistics.items())
         }
         histograms = {name: counts.astype(np.int64).tolist() for name, counts in sorted(self.histograms.items())}
-        whole = {"videos": self.videos.tolist(), "statistics": tables, "histograms": histograms}
+        whole = {
+            "version": VERSION,
+            "videos": self.videos.tolist(),
+            "statistics": tables,
+            "histograms": histograms,
+            "moments": {name: _packed(moments) for name, moments in sorted(self.moments.items())},
+        }
         return json.dumps(whole, separators=(",", ":")) + "\n"
 
 
 def from_json(text: str) -> State:
-    """The inverse of `State.to_json`."""
+    """The inverse of `State.to_json`. Raises StoreError for statistics of another `VERSION`."""
     raw = json.loads(text)
+    if (found := raw.get("version")) != VERSION:
+        raise StoreError(
+            f"these are statistics of version {found}, this code computes version {VERSION}: they cannot be compared",
+            remedy="evaluate again: `dvc repro`",
+        )
     tables = {
         name: Statistic(np.array(t["total"], dtype=np.float64), np.array(t["count"], dtype=np.float64))
         for name, t in raw["statistics"].items()
     }
     histograms = {name: np.array(counts, dtype=np.float64) for name, counts in raw["histograms"].items()}
-    return State(np.array(raw["videos"], dtype=np.int64), tables, histograms)
+    moments = {name: _unpacked(packed) for name, packed in raw["moments"].items()}
+    return State(np.array(raw["videos"], dtype=np.int64), tables, histograms, moments)
+
+
+def _packed(moments: Moments) -> dict[str, Any]:
+    # Thousands of features make millions of products: as text they would take twenty bytes each.
+    numbers = np.concatenate([moments.total[None], moments.outer]).astype("<f8")
+    return {"count": moments.count, "numbers": base64.b64encode(zlib.compress(numbers.tobytes())).decode()}
+
+
+def _unpacked(packed: Mapping[str, Any]) -> Moments:
+    numbers = np.frombuffer(zlib.decompress(base64.b64decode(packed["numbers"])), "<f8")
+    side = round((numbers.size + 0.25) ** 0.5 - 0.5)  # numbers are side * (side + 1)
+    table = numbers.reshape(side + 1, side).astype(np.float64)
+    return Moments(packed["count"], table[0], table[1:])
 
 
 def state_of(
     videos: Int[np.ndarray, " n"],
     statistics: Mapping[str, Statistic],
     histograms: Mapping[str, Float64[np.ndarray, "n _"]] | None = None,
+    moments: Mapping[str, Moments] | None = None,
 ) -> State:
     """Sums the rows that belong to one video. ``videos[i]`` is the id behind row ``i``; at least one row."""
     if len(videos) == 0 or not statistics:
@@ -95,6 +148,7 @@ def state_of(
         ids,
         {name: Statistic(grouped(s.total), grouped(s.count)) for name, s in statistics.items()},
         {name: grouped(counts) for name, counts in (histograms or {}).items()},
+        dict(moments or {}),
     )
 
 
@@ -120,7 +174,11 @@ def merge(*states: State) -> State:
         name: np.concatenate([s.histograms.get(name, np.zeros((len(s.videos), width))) for s in states])
         for name, width in bins.items()
     }
-    return state_of(np.concatenate([s.videos for s in states]), joined, histograms)
+    moments: dict[str, Moments] = {}
+    for s in states:
+        for name, part in s.moments.items():
+            moments[name] = moments[name] + part if name in moments else part
+    return state_of(np.concatenate([s.videos for s in states]), joined, histograms, moments)
 
 
 def check_finite(
@@ -175,21 +233,15 @@ def picture_statistics(
     return out
 
 
-def perceptual_statistics(
-    distance: Callable[[Tensor, Tensor], Tensor],
-    prediction: Float[Tensor, "b y 3 h w"],
-    truth: Float[Tensor, "b y 3 h w"],
-) -> dict[str, Statistic]:
-    """``lpips``: ``distance(a, b)``, one number for each of n pairs of pictures, as a mean over frames.
+def frames_before(last: Float[Tensor, "b 3 h w"], frames: Float[Tensor, "b y 3 h w"]) -> Float[Tensor, "b y 3 h w"]:
+    """The frame before each of ``frames``: the last observed one before the first."""
+    return torch.cat([last[:, None], frames[:, :-1]], dim=1)
 
-    Frames go through the network `PERCEPTUAL_CHUNK` at a time: its features are far larger than they are.
-    """
-    b, y = truth.shape[:2]
-    pairs = zip(
-        prediction.flatten(0, 1).split(PERCEPTUAL_CHUNK), truth.flatten(0, 1).split(PERCEPTUAL_CHUNK), strict=True
-    )
-    values = torch.cat([distance(said, true) for said, true in pairs]).double().reshape(b, y)
-    return {"lpips": statistic_of(values, torch.ones_like(values))}
+
+def in_chunks(network: Callable[..., Tensor], *pictures: Float[Tensor, "n 3 h w"]) -> Tensor:
+    """What ``network`` says of ``pictures``, `PERCEPTUAL_CHUNK` at a time: features are far larger than pictures."""
+    parts = zip(*(p.split(PERCEPTUAL_CHUNK) for p in pictures), strict=True)
+    return torch.cat([network(*part) for part in parts])
 
 
 def flow_statistics(

@@ -6,30 +6,39 @@ import numpy as np
 
 from data.catalog import Catalog
 from data.clevrer import FRAMES
+from data.resize import resize_pictures
 from data.store import ArraySpec
 from data.video import VideoReader
+from data.world import HEIGHT, WIDTH
 from pipeline.stage import ARTIFACTS, Job, run_stage
+from stages.kept import Kept
 from stages.sharding import build_store
 
 
 def run(job: Job) -> None:
     decode = job.params.decode
-    (h, w), kept = decode.resolution, range(0, decode.frames, decode.stride)
+    (h, w), native = decode.resolution, decode.resize == "bilinear"
     spec = ArraySpec(
-        "frames", (len(kept), h, w, 3), "uint8", ("time", "y", "x", "channel"), job.params.shards.clip, "picture"
+        "frames", (decode.steps, h, w, 3), "uint8", ("time", "y", "x", "channel"), job.params.shards.clip, "picture"
     )
     catalog = Catalog.load(ARTIFACTS / "acquire")
-    videos = {v.id: v for v in catalog.videos}
-    params = {"resolution": decode.resolution, "stride": decode.stride, "frames": decode.frames}
+    kept = Kept(catalog, decode)
+    params = decode.model_dump(mode="json", exclude={"timeout"})
     with VideoReader(timeout=decode.timeout) as reader:
 
         def compute(video: int) -> dict[str, np.ndarray]:
-            path, digest = catalog.root / videos[video].video, videos[video].video_sha256
-            return {
-                "frames": reader.read(path, kept, height=h, width=w, expected_frames=FRAMES, expected_sha256=digest)
-            }
+            source = catalog.video(video)
+            frames = reader.read(
+                catalog.root / source.video,
+                kept.frames(video),
+                height=HEIGHT if native else h,
+                width=WIDTH if native else w,
+                expected_frames=FRAMES,
+                expected_sha256=source.video_sha256,
+            )
+            return {"frames": resize_pictures(frames, h, w) if native else frames}
 
-        inputs = {v.id: (v.video_sha256,) for v in catalog.videos}
+        inputs = {v.id: (v.video_sha256, *kept.inputs(v.id)) for v in catalog.videos}
         fingerprint = job.fingerprint([params, job.params.shards])
         build_store(job, [spec], inputs, compute, fingerprint=fingerprint, params=params, computes=False)
 

@@ -26,6 +26,7 @@ from models.flow_teachers import FlowPair, FlowTeacher, build_teacher
 from models.static_gate import gate_flow
 from pipeline.stage import ARTIFACTS, Job, run_stage
 from stages.fields import flow_specs
+from stages.kept import Kept
 from stages.sharding import build_store
 
 ON_CPU = ("dis", "scene")
@@ -64,7 +65,7 @@ def run(job: Job) -> None:
 
 def _estimate(job: Job, catalog: Catalog, meter: Meter) -> None:
     flow, decode, gate = job.params.flow, job.params.decode, job.params.flow.gate
-    (h, w), kept = flow.resolution, range(0, decode.frames, decode.stride)
+    (h, w), kept = flow.resolution, Kept(catalog, decode)
     # Only the digest of its weights is needed here; the network is built when the first video is not found ready.
     teacher = build_teacher(
         flow.teacher,
@@ -76,13 +77,14 @@ def _estimate(job: Job, catalog: Catalog, meter: Meter) -> None:
     )
     if teacher.warning:
         print(f"flow: {teacher.name}: {teacher.warning}", file=sys.stderr)
-    videos = {v.id: v for v in catalog.videos}
     with VideoReader(timeout=decode.timeout) as reader:
 
         def compute(video: int) -> dict[str, np.ndarray]:
-            source = videos[video]
+            source = catalog.video(video)
             path, digest = catalog.root / source.video, source.video_sha256
-            read = reader.read(path, kept, height=h, width=w, expected_frames=FRAMES, expected_sha256=digest)
+            read = reader.read(
+                path, kept.frames(video), height=h, width=w, expected_frames=FRAMES, expected_sha256=digest
+            )
             frames = torch.from_numpy(read)
             pair = meter.measured(teacher, frames)
             if gate.enabled:
@@ -90,7 +92,7 @@ def _estimate(job: Job, catalog: Catalog, meter: Meter) -> None:
             fwd, bwd = (pack_flow(f.cpu().numpy()) for f in (pair.flow_fwd, pair.flow_bwd))
             return {"flow_fwd": fwd, "flow_bwd": bwd}
 
-        inputs = {v.id: (v.video_sha256,) for v in catalog.videos}
+        inputs = {v.id: (v.video_sha256, *kept.inputs(v.id)) for v in catalog.videos}
         _build(job, inputs, compute, identity=teacher.identity, teacher=teacher.facts)
 
 
@@ -121,11 +123,11 @@ def _build(
     (h, w), decode = job.params.flow.resolution, job.params.decode
     build_store(
         job,
-        flow_specs(len(range(0, decode.frames, decode.stride)) - 1, h, w, job.params.shards.clip),
+        flow_specs(decode.steps - 1, h, w, job.params.shards.clip),
         inputs,
         compute,
         fingerprint=job.fingerprint(
-            [job.params.flow, decode.stride, decode.frames, job.params.shards], weights=identity
+            [job.params.flow, decode.stride, decode.frames, decode.no_entry, job.params.shards], weights=identity
         ),
         params={**job.params.flow.model_dump(mode="json"), "stride": decode.stride, "frames": decode.frames},
         facts={"teacher": dict(teacher)},

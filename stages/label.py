@@ -11,13 +11,14 @@ from data.labels import STATES, label_video
 from data.store import ArraySpec, pack_flow
 from pipeline.stage import ARTIFACTS, Job, run_stage
 from stages.fields import flow_specs, visible_spec
+from stages.kept import Kept
 from stages.sharding import build_store
 
 
 def run(job: Job) -> None:
     (h, w), decode, clip = job.params.label.resolution, job.params.decode, job.params.shards.clip
-    kept = range(0, decode.frames, decode.stride)
     catalog = Catalog.load(ARTIFACTS / "acquire")
+    kept = Kept(catalog, decode)
     annotated = {v.id: v for v in catalog.videos if v.annotation is not None}
     if not annotated:
         print(f"label: none of the {len(catalog.videos)} videos has an annotation: nothing can be scored against truth")
@@ -29,7 +30,7 @@ def run(job: Job) -> None:
                 f"the annotation of video {video} has {annotation.frames} frames, decode.frames is {decode.frames}",
                 remedy="lower decode.frames or leave the video out",
             )
-        labels = label_video(annotation, kept, h, w, device=job.device)
+        labels = label_video(annotation, kept.frames(video), h, w, device=job.device)
         return {
             "boxes": labels.boxes,
             "presence": labels.presence,
@@ -44,10 +45,12 @@ def run(job: Job) -> None:
 
     build_store(
         job,
-        specs(len(kept), h, w, clip),
+        specs(decode.steps, h, w, clip),
         {v.id: (str(v.annotation_sha256),) for v in annotated.values()},
         compute,
-        fingerprint=job.fingerprint([job.params.label, decode.stride, decode.frames, job.params.shards]),
+        fingerprint=job.fingerprint(
+            [job.params.label, decode.stride, decode.frames, decode.no_entry, job.params.shards]
+        ),
         params={"resolution": [h, w], "stride": decode.stride, "frames": decode.frames},
         facts={"unlabelled": [v.id for v in catalog.videos if v.annotation is None]},
     )

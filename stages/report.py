@@ -23,7 +23,7 @@ from models.metrics import METRICS, Estimate, Score
 from models.results import read_results
 from pipeline.progress import progress
 from pipeline.stage import ARTIFACTS, Job, read_runs, run_stage
-from stages.evaluate import Windows, perceptual_of
+from stages.evaluate import Windows, networks_of
 from stages.gallery import flow_gallery, reconstruction_gallery
 from stages.teacher_accuracy import measure_teacher
 
@@ -59,7 +59,7 @@ def run(job: Job) -> None:
             seed=job.params.evaluate.seed,
             device=job.device,
             parameters=sum(p.numel() for p in vae.parameters()),
-            perceptual=perceptual_of(job),
+            networks=networks_of(job),
         )
     everyone = [*results, ceiling]
     learned = [name for name in names if name not in BASELINES]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from data.clips import Clip, Context
 from data.errors import EmptyError, NonFiniteError, StoreError
-from models.evaluation import Evaluation, Window, evaluate, evaluate_reconstruction
+from models.evaluation import Evaluation, Networks, Window, evaluate, evaluate_reconstruction
 from models.examples import Examples
 from models.metrics import METRICS, paired_difference, score
 from models.predictor import Predictor, Rollout
@@ -65,6 +65,22 @@ def window_batch(video: int, b: int = 2, *, truth: bool = True) -> Window:
 
 def absolute(a: Tensor, b: Tensor) -> Tensor:
     return (a - b).abs().mean(dim=(1, 2, 3))
+
+
+class Colours:
+    """Stands in for an image encoder and, called, for a network of films: mean colours."""
+
+    def summary(self, frames: Tensor) -> Tensor:
+        return frames.mean(dim=(2, 3)) + 0.1
+
+    def __call__(self, films: Tensor) -> Tensor:
+        return films.mean(dim=(3, 4)).flatten(1)
+
+
+def everything() -> Networks:
+    """A stand-in for each network of metrics."""
+    encoders = dict.fromkeys(("subject_consistency", "background_consistency"), Colours())
+    return Networks(absolute, encoders, {"fvd": Colours(), "jedi": Colours()}, smoothness=True)
 
 
 def windows(videos: int = 6, **kwargs: bool) -> Iterator[Window]:
@@ -137,7 +153,7 @@ def test_copy_last_scores_zero_skill_on_every_region() -> None:
 
 
 def test_heads_are_measured_where_there_is_truth() -> None:
-    measured = evaluate(Noisy(), windows(), name="noisy", seed=0, frame_stride=2, perceptual=absolute)
+    measured = evaluate(Noisy(), windows(), name="noisy", seed=0, frame_stride=2, networks=everything())
     found = score(measured.state, np.random.default_rng(0))
     assert set(found) == set(METRICS)
     speeds = np.mean([1, 2, 3])
@@ -190,7 +206,7 @@ def test_many_batches_are_compacted_to_the_same_sums() -> None:
 
 def test_the_truth_reconstructed_exactly_is_the_ceiling() -> None:
     found = evaluate_reconstruction(
-        lambda frames: frames, windows(), name="vae", seed=0, parameters=9, perceptual=absolute
+        lambda frames: frames, windows(), name="vae", seed=0, parameters=9, networks=Networks(absolute)
     )
     scores = score(found.state, np.random.default_rng(0))
     assert scores["lpips"].overall.value == 0

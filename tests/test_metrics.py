@@ -19,11 +19,11 @@ from models.statistics import (
     flow_statistics,
     from_json,
     merge,
-    perceptual_statistics,
     picture_statistics,
     state_of,
     visibility_statistics,
 )
+from models.temporal_statistics import perceptual_statistics
 
 
 def frames(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -199,10 +199,11 @@ def test_lpips_is_a_mean_over_frames_whatever_the_chunks() -> None:
         sizes.append(len(a))
         return (a - b).abs().mean(dim=(1, 2, 3))
 
-    state = state_of(np.array([4, 4, 4, 5, 5, 5, 5]), perceptual_statistics(distance, prediction, truth))
-    assert sizes == [16, 5]
+    last = frames(7, 3, 12, 12, seed=2)
+    state = state_of(np.array([4, 4, 4, 5, 5, 5, 5]), perceptual_statistics(distance, prediction, truth, last))
+    assert sizes == [16, 5] * 3
     found = score(state, np.random.default_rng(0))
-    assert list(found) == ["lpips"]
+    assert list(found) == ["lpips", "tlpips"]
     expected = (prediction - truth).abs().mean(dim=(0, 2, 3, 4))
     assert [e.value for e in found["lpips"].steps] == pytest.approx(expected.tolist(), rel=1e-6)
 

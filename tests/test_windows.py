@@ -69,7 +69,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def job(root: Path, **changes: Any) -> Job:
     params = read_yaml(root / "params.yaml")
     params["decode"] |= {"frames": T, "stride": 1, "resolution": [H, W]}
-    params["evaluate"] |= {"context": X, "horizon": Y, "window_stride": 2, **changes}
+    params["evaluate"] |= {"protocol": "test", "context": X, "horizon": Y, "window_stride": 2, **changes}
     for block in params["predictors"].values():
         block["horizon"] = 1
     return Job("evaluate", "copy_last", parse_params(params), root, ("cpu",))
@@ -123,7 +123,7 @@ def test_lpips_is_measured_where_its_weights_are_given(root: Path, workspace: Pa
     same, again = run(lpips=str(workspace / "same.pt"))
     second, b = run(lpips=str(workspace / "b.pt"))
     assert "lpips" not in without
-    assert first == without | {"lpips": first["lpips"]}
+    assert first == without | {name: first[name] for name in ("lpips", "tlpips")}
     assert (same, again) == (first, a), "the file's name does not matter"
     assert second["lpips"] != first["lpips"]
     assert len({bare, a, b}) == 3, "its content does"
