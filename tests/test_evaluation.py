@@ -17,6 +17,7 @@ from torch import Tensor
 
 from data.clips import Clip, Context
 from data.errors import EmptyError, NonFiniteError, StoreError
+from models.definitions import CONSISTENCIES
 from models.evaluation import Evaluation, Networks, Window, evaluate, evaluate_reconstruction
 from models.examples import Examples
 from models.metrics import METRICS, paired_difference, score
@@ -79,7 +80,7 @@ class Colours:
 
 def everything() -> Networks:
     """A stand-in for each network of metrics."""
-    encoders = dict.fromkeys(("subject_consistency", "background_consistency"), Colours())
+    encoders = {name: Colours() for name in CONSISTENCIES}
     return Networks(absolute, encoders, {"fvd": Colours(), "jedi": Colours()}, smoothness=True)
 
 
@@ -168,6 +169,68 @@ def test_heads_are_measured_where_there_is_truth() -> None:
     assert found["collision_ap"].overall.value == pytest.approx((2 * 2 / 6 + 3 / 12 + 4 / 18 + 2 * 6 / 24) / 6)
     assert found["collision_f1_2"].overall.value == pytest.approx(2 * 5 / (2 * 5 + 1 + 1))
     assert found["collision_f1_5"].overall.value == 1
+
+
+KNOWN = {
+    "mse": (1, 0.0830408),
+    "psnr": (1, 11.0974),
+    "psnr_frame": (1, 11.3781),
+    "ssim": (1, 0.257954),
+    "skill": (1, -0.00762922),
+    "fg_mse": (1, 0.442891),
+    "fg_psnr": (1, 3.80971),
+    "fg_skill": (1, 0.00142962),
+    "epe": (1, 0.1875),
+    "epe_moving": (1, 2),
+    "epe_background": (1, 0),
+    "epe_visible": (1, 0.193548),
+    "nonvisible_precision": (1, math.nan),
+    "nonvisible_recall": (1, 0),
+    "nonvisible_f1": (1, 0),
+    "lpips": (1, 0.121233),
+    "tlpips": (1, 0.0286261),
+    "motion_smoothness": (1, 0.976972),
+    "motion_smoothness_true": (1, 0.953774),
+    "subject_consistency": (1, 0.999989),
+    "subject_consistency_true": (1, 0.999996),
+    "background_consistency": (1, 0.999989),
+    "background_consistency_true": (1, 0.999996),
+    "fvd": (1, 5.19914e-05),
+    "jedi": (1, 1.17598e-05),
+    "box_iou": (1, 0.0849747),
+    "box_recall": (1, 0.0416667),
+    "box_precision": (1, 0.0416667),
+    "collision_ap": (1, 0.273148),
+    "collision_base_rate": (1, 0.25),
+    "collision_f1_2": (1, 0.833333),
+    "collision_f1_5": (1, 1),
+    "collision_f1_always": (1, 0.4),
+}
+"""Metric -> (version, value) of these films. Where a value changes, the version in `models.definitions` must too."""
+
+
+def test_a_metric_does_not_change_without_its_version() -> None:
+    measured = evaluate(Noisy(), windows(), name="noisy", seed=0, frame_stride=2, networks=everything())
+    found = score(measured.state, np.random.default_rng(0))
+    assert {name: METRICS[name].version for name in found} == {name: version for name, (version, _) in KNOWN.items()}
+    for name, (_, value) in KNOWN.items():
+        assert found[name].overall.value == pytest.approx(value, rel=1e-3, abs=1e-6, nan_ok=True), name
+
+
+def test_results_of_another_version_are_refused(tmp_path: Path) -> None:
+    write_results(tmp_path, evaluate(Copy(), windows(2), name="copy", seed=0), seed=0, fps=12.0)
+    headline = json.loads((tmp_path / "metrics.json").read_text())
+    assert headline["versions"]["psnr"] == METRICS["psnr"].version
+    headline["versions"]["psnr"] = 0
+    (tmp_path / "metrics.json").write_text(json.dumps(headline))
+    with pytest.raises(StoreError, match=r"have the versions \{'mse': 1, 'psnr': 0.*evaluate again"):
+        read_results(tmp_path)
+    headline["versions"]["psnr"] = METRICS["psnr"].version
+    (tmp_path / "metrics.json").write_text(json.dumps(headline))
+    states = json.loads((tmp_path / "states.json").read_text())
+    (tmp_path / "states.json").write_text(json.dumps(states | {"version": 1}))
+    with pytest.raises(StoreError, match="statistics of version 1, this code computes version 2"):
+        read_results(tmp_path)
 
 
 def test_without_labels_heads_are_absent_and_not_zero() -> None:

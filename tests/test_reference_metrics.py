@@ -10,10 +10,11 @@ import mir_eval
 import numpy as np
 import pytest
 import torch
-import torchmetrics.functional as reference
+import torchmetrics.functional.classification as classification
 import torchmetrics.functional.image as image
 import torchvision
 from skimage.metrics import peak_signal_noise_ratio
+from torchmetrics.functional.pairwise import pairwise_euclidean_distance
 
 from models.metrics import score
 from models.object_statistics import BINS_PER_LOGIT, box_iou, collision_histograms, collision_statistics
@@ -49,7 +50,7 @@ def test_pictures() -> None:
 
 def test_flow_and_visibility() -> None:
     said, truth = 4 * random(2, 3, 2, 8, 9) - 2, 4 * random(2, 3, 2, 8, 9, seed=1) - 2
-    theirs = reference.pairwise_euclidean_distance(
+    theirs = pairwise_euclidean_distance(
         said.movedim(2, -1).reshape(-1, 2), truth.movedim(2, -1).reshape(-1, 2)
     ).diagonal().mean()  # fmt: skip
     assert overall(flow_statistics(said, truth), "epe", 2) == pytest.approx(float(theirs), rel=1e-5)
@@ -57,9 +58,9 @@ def test_flow_and_visibility() -> None:
     hidden = (seen <= 0.5).flatten(), (true_seen <= 0.5).flatten()
     found = visibility_statistics(seen, true_seen)
     for name, function in (
-        ("nonvisible_f1", reference.classification.binary_f1_score),
-        ("nonvisible_precision", reference.classification.binary_precision),
-        ("nonvisible_recall", reference.classification.binary_recall),
+        ("nonvisible_f1", classification.binary_f1_score),
+        ("nonvisible_precision", classification.binary_precision),
+        ("nonvisible_recall", classification.binary_recall),
     ):
         assert overall(found, name, 2) == pytest.approx(float(function(*hidden)), rel=1e-6)
 
@@ -76,7 +77,7 @@ def test_collisions_ranked() -> None:
     logits = ((random(20, 12, seed=1) * 8 - 5 + 2 * true) * BINS_PER_LOGIT).round() / BINS_PER_LOGIT
     probability = logits.double().sigmoid()
     # In torchmetrics a tie is one threshold, as here: equal probabilities must be equal bits.
-    theirs = reference.classification.binary_average_precision(probability.flatten(), true.flatten().long())
+    theirs = classification.binary_average_precision(probability.flatten(), true.flatten().long())
     found = overall(
         collision_statistics(probability.float(), true, frame_stride=2),
         "collision_ap",
