@@ -126,3 +126,29 @@ def test_i3d_reads_its_file_and_sees_what_cd_fvd_sees(tmp_path: Path) -> None:
 def test_weights_that_are_absent_are_named(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"(?s)vjepa.*--no-deps|no file .*vith16\.pth\.tar"):
         load_vjepa(tmp_path, "vit_tiny")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_vjepa_reads_its_files(tmp_path: Path) -> None:
+    models = pytest.importorskip(
+        "vjepa.models.vision_transformer", reason="needs vjepa: pip install --no-deps vjepa==0.1.2"
+    )
+    pooling = pytest.importorskip("vjepa.models.attentive_pooler")
+    torch.manual_seed(0)
+    encoder = models.vit_tiny(
+        img_size=224, patch_size=16, num_frames=16, tubelet_size=2, uniform_power=True, use_sdpa=True
+    )
+    probe = pooling.AttentiveClassifier(
+        embed_dim=encoder.embed_dim, num_heads=encoder.num_heads, depth=1, num_classes=174
+    )
+    weights = {f"module.backbone.{k}": v for k, v in encoder.state_dict().items()}
+    torch.save({"target_encoder": weights, "epoch": 1}, tmp_path / "vith16.pth.tar")
+    torch.save(
+        {"classifier": {f"module.{k}": v for k, v in probe.state_dict().items()}}, tmp_path / "ssv2-probe.pth.tar"
+    )
+    network = load_vjepa(tmp_path, "vit_tiny")
+    films = torch.rand(1, 16, 3, 32, 48)
+    assert network(films).shape == (1, encoder.embed_dim)
+    torch.save({"target_encoder": {}}, tmp_path / "vith16.pth.tar")
+    with pytest.raises(WeightsError, match="is missing"):
+        load_vjepa(tmp_path, "vit_tiny")
