@@ -22,10 +22,12 @@ Decoder = Callable[[str, list[int], int, int, int], np.ndarray]
 worker imports it by name."""
 
 
-def first_line(text: str) -> str:
-    """The first line of a library's message that is not blank, cut at 200 characters."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[0][:200] if lines else "no message"
+def load_decoders() -> None:
+    """What both decoders need, loaded and quiet."""
+    import av  # noqa: F401
+    import decord
+
+    decord.logging.set_level(decord.logging.QUIET)  # the reader's own error says it better
 
 
 def find_fault(path: str, native: tuple[int, int], expected: int, fps: int) -> str | None:
