@@ -323,10 +323,10 @@ def test_an_over_reported_video_on_which_decord_itself_may_loop_is_survived_and_
     with VideoReader(timeout=3.0) as impatient:
         frames = [*range(0, T + 100, 7), T + 99]
         try:
-            made_up = impatient.worker.ask(damaged_videos.seek, str(path), frames, H, W, T + 100)
-            assert len(made_up) == len(frames)
+            answer = str(len(impatient.worker.ask(damaged_videos.seek, str(path), frames, H, W, T + 100)))
         except NoAnswerError as error:
-            assert str(error) == "no answer within 3 s, the decoder was killed"
+            answer = str(error)
+        assert answer in (str(len(frames)), "no answer within 3 s, the decoder was killed")
         assert read(impatient, clip, [0]).shape == (1, H, W, 3)
     assert refusal(reader, path) == "it promises 124 frames and holds 24, expected 24"
 
