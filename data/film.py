@@ -267,7 +267,8 @@ def _decoded(container: InputContainer, stream: VideoStream, damage: list[str]) 
                 return
             pictures = packet.decode()
         except FFmpegError as error:
-            damage.append(f"the stream breaks after {count} frames ({error.strerror})")
+            if not damage or not damage[-1].startswith("the stream"):
+                damage.append(f"the stream breaks near frame {count} ({error.strerror})")
             yield None
             continue
         for picture in pictures:
@@ -309,6 +310,8 @@ def _select(
         camera.take(film, step, before)
         step = next(steps, None)
     ended = step is not None or next(shots, None) is None
+    if ended and whole and about.frames and about.frames > count:
+        damage.append(f"it promises {about.frames} frames and holds {count}")
     film.about = replace(about, ended=ended, end=end, frames=count if ended and whole else about.frames)
     return film
 

@@ -19,7 +19,7 @@ VIDEOS = frozenset({
 # fmt: on
 PICTURES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
 _OTHER_FILE = "check that it plays, or give another video"
-_STILL = "set it in motion with `clevrcast animate --image`, or give a video, or a folder of frames"
+STILL = "set it in motion with `clevrcast animate --image`, or give a video, or a folder of frames"
 
 
 @dataclass(frozen=True)
@@ -106,5 +106,5 @@ class FootageReader:
         except NoAnswerError as error:
             raise VideoError(f"{path}: {error}", remedy=_OTHER_FILE + "; --timeout gives a slow one longer") from None
         if isinstance(answer, Refusal):
-            raise VideoError(f"{path}: {answer.reason}", remedy=_STILL if answer.still else _OTHER_FILE)
+            raise VideoError(f"{path}: {answer.reason}", remedy=STILL if answer.still else _OTHER_FILE)
         return answer

@@ -18,7 +18,7 @@ from torch import Tensor
 from data.clips import Context, flow_on_grid, frames_on_grid, visible_on_grid
 from data.errors import EmptyError, NonFiniteError, SourceError, VideoError
 from data.film import Film, Request
-from data.footage import Footage, FootageReader, find_videos
+from data.footage import STILL, Footage, FootageReader, find_videos
 from data.framing import Fit
 from data.store import unpack_flow
 from data.world import FPS
@@ -155,7 +155,7 @@ class Forecaster:
         steps = self.params.evaluate.horizon if horizon is None else horizon
         self._check_horizon(steps)
         film = self.reader.read(footage, self._request(start, steps, fit, fps))
-        context = self._context(footage, film, start)
+        context = self._context(footage, film)
         # Outside inference mode, as the evaluation: a predictor may take gradients.
         moved = Context(*(part.to(self.device) for part in (context.frames, context.flow_bwd, context.visible)))
         with torch.inference_mode():
@@ -208,12 +208,12 @@ class Forecaster:
     def _pictures(self, film: Film) -> dict[int, UInt8[np.ndarray, "h w 3"]]:
         return film.pictures[self.predictor.height, self.predictor.width]
 
-    def _context(self, footage: Footage, film: Film, start: Start) -> Context:
+    def _context(self, footage: Footage, film: Film) -> Context:
         x, h, w = self.predictor.context, self.predictor.height, self.predictor.width
         grid, view = self._pictures(film), film.pictures[self.params.flow.resolution]
         found = next((k for k in range(x) if k not in grid or k not in view), x)
         if found < x or (film.about.frames or x) < x:
-            raise _too_short(footage, film, start, found, x, self.step_seconds, self.key)
+            raise _too_short(footage, film, found, x, self.step_seconds, self.key)
         frames = frames_on_grid(np.stack([grid[k] for k in range(x)]), h, w)
         scene = torch.from_numpy(np.stack([view[k] for k in sorted(view)]))
         seen = torch.from_numpy(np.stack([view[k] for k in range(x)]))
@@ -256,6 +256,8 @@ class Forecaster:
             notes.append(
                 f"{100 * moving:.0f} % of the picture moves: the camera seems to, and the model knows a fixed one only"
             )
+        if moving == 0:
+            notes.append("nothing moves in the observed frames; --start chooses others")
         if self.teacher_name != self.params.flow.teacher:
             notes.append("the flow teacher is dis: scene copies annotations, which this video has none of")
         if about.hdr:
@@ -270,22 +272,23 @@ def _single(path: Path) -> Footage:
     return found.videos[0]
 
 
-def _too_short(
-    footage: Footage, film: Film, start: Start, found: int, needed: int, step: float, key: str
-) -> VideoError:
+def _too_short(footage: Footage, film: Film, found: int, needed: int, step: float, key: str) -> VideoError:
     about = film.about
-    size = f"{about.frames} frames" if about.frames else f"{about.end:.2f} s"
+    if about.frames == 1 and about.ended:
+        return VideoError(f"{footage.path}: it has 1 frame only: a still picture", remedy=STILL)
+    size = " and ".join([*([f"has {about.frames} frames"] if about.frames else []), f"ends at {about.end:.2f} s"])
+    if not about.ended:
+        size = f"has {about.frames} frames" if about.frames else "goes on"
     damage = f" ({'; '.join(film.damage)})" if film.damage else ""
-    if about.frames and about.frames < needed:
+    if about.frames and about.ended and about.frames < needed:
         said, remedy = f"{key} needs {needed} frames", "give a longer video"
     else:
         said = (
-            f"from {film.start:.2f} s on that is {found} of the {needed} frames that {key} needs, "
+            f"from {film.start:.2f} s on there are {found} of the {needed} frames that {key} needs, "
             f"{step:g} s apart ({1 / step:g} frames/s)"
         )
-        remedy = "give a longer video, an earlier --start, or the rate at which to take it with --fps"
-    ends = f", which ends at {about.end:.2f} s" if about.ended and about.frames else ""
-    return VideoError(f"{footage.path}: it has {size}{ends}{damage}; {said}", remedy=remedy)
+        remedy = "give a longer video, another --start, or the rate at which to take it with --fps"
+    return VideoError(f"{footage.path}: it {size}{damage}; {said}", remedy=remedy)
 
 
 def _check(out: Rollout, key: str) -> None:

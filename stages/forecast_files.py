@@ -167,6 +167,8 @@ def summary(forecast: Forecast) -> str:
     scores = _scores({name: [_mean(values)] for name, values in forecast.errors.items()}, 0)
     parts = []
     for name in forecast.errors:
+        if name == forecast.key:
+            continue  # a baseline was asked for: it is the prediction
         skill, psnr = scores["skill"].get(name), scores["psnr"][name]
         skilled = f", skill {skill:.3f}" if skill is not None else ""
         parts.append(f"{forecast.key if name == 'predicted' else name} {_number(psnr)} dB{skilled}")
@@ -178,12 +180,14 @@ def _number(value: float | None) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """The same with null for what is not finite."""
+    """The same with six decimals, and null for what is not finite."""
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, float):
+        return round(value, 6) if math.isfinite(value) else None
+    return value
 
 
 def _digest(forecast: Forecast) -> str:
