@@ -8,12 +8,12 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float16, Int, Int16, UInt8
 from torch import Tensor
 
 from data.errors import EmptyError, StoreError
 from data.resize import resize_field, resize_flow
-from data.store import FLOW_SCALE, Store
+from data.store import Store, unpack_flow
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,10 @@ class ClipSource:
         return ready
 
 
-def _frames(stored: np.ndarray, height: int, width: int) -> Tensor:
+def frames_on_grid(
+    stored: UInt8[np.ndarray, "t h w 3"], height: int, width: int
+) -> UInt8[Tensor, "t 3 {height} {width}"]:
+    """Stored frames, channels first. Raises StoreError if they are not on this grid."""
     if stored.shape[1:3] != (height, width):
         raise StoreError(
             f"frames are stored at {list(stored.shape[1:3])}, the model works at {[height, width]}",
@@ -198,12 +201,18 @@ def _frames(stored: np.ndarray, height: int, width: int) -> Tensor:
     return torch.from_numpy(stored).permute(0, 3, 1, 2).contiguous()
 
 
-def _flow(stored: np.ndarray, height: int, width: int) -> Tensor:
+def flow_on_grid(
+    stored: Int16[np.ndarray, "p 2 h w"], height: int, width: int
+) -> Float16[Tensor, "p 2 {height} {width}"]:
+    """Stored flow on the grid, in its pixels."""
     # float16 resolves 1/64 px at 16 px, the rounding that the store itself makes.
-    return resize_flow(torch.from_numpy(stored.astype(np.float32) / FLOW_SCALE), height, width).half()
+    return resize_flow(torch.from_numpy(unpack_flow(stored)), height, width).half()
 
 
-def _visible(stored: np.ndarray, height: int, width: int) -> Tensor:
+def visible_on_grid(
+    stored: UInt8[np.ndarray, "p h w"], height: int, width: int
+) -> Float16[Tensor, "p 1 {height} {width}"]:
+    """Stored visibility on the grid, in [0, 1]."""
     return resize_field(torch.from_numpy(stored.astype(np.float32) / 255)[:, None], height, width).half()
 
 
@@ -212,10 +221,10 @@ def _as_stored(stored: np.ndarray, height: int, width: int) -> Tensor:
 
 
 _ARRAYS: dict[str, tuple[str, Callable[[np.ndarray, int, int], Tensor]]] = {
-    "frames": ("frames", _frames),
+    "frames": ("frames", frames_on_grid),
     "latents": ("latents", _as_stored),
-    "flow_bwd": ("flow_bwd", _flow),
-    "visible": ("visible", _visible),
+    "flow_bwd": ("flow_bwd", flow_on_grid),
+    "visible": ("visible", visible_on_grid),
     "flow_latents": ("latents", _as_stored),
     "boxes": ("boxes", _as_stored),
     "presence": ("presence", _as_stored),

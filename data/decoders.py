@@ -2,7 +2,7 @@
 
 Both decoders hide damage: libavcodec repairs what it cannot read from neighbouring pictures, decord repeats frames
 that do not exist. So `find_fault` decodes a file as a whole first, and refuses it unless each frame is intact and in
-its place. All three are called in the process of `data.video.VideoReader`, which can be killed.
+its place. All three are called in a process that can be killed (`data.worker`).
 
 Of 240 single bits flipped in the streams of four real videos, all of which changed the picture, `find_fault` named 226
 (libavcodec's own ``err_detect=explode`` as many, its error log 23 of 40); decord refused one.
@@ -10,22 +10,27 @@ Of 240 single bits flipped in the streams of four real videos, all of which chan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from types import MappingProxyType
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from av.filter import Graph
 
 Decoder = Callable[[str, list[int], int, int, int], np.ndarray]
 """(path, indices, height, width, expected frames) -> uint8 (t, height, width, 3); a function of a module, since the
 worker imports it by name."""
 
 
-def first_line(text: str) -> str:
-    """The first line of a library's message that is not blank, cut at 200 characters."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[0][:200] if lines else "no message"
+def load_decoders() -> None:
+    """What both decoders need, loaded and quiet."""
+    import av  # noqa: F401
+    import decord
+
+    decord.logging.set_level(decord.logging.QUIET)  # the reader's own error says it better
 
 
 def find_fault(path: str, native: tuple[int, int], expected: int, fps: int) -> str | None:
@@ -82,21 +87,13 @@ def read_decord(path: str, frames: list[int], height: int, width: int, expected:
 def read_pyav(path: str, frames: list[int], height: int, width: int, expected: int) -> np.ndarray:
     """The same bytes as decord's: it scales with libavfilter's ``scale=flags=bilinear`` (measured, every pixel)."""
     import av
-    import av.filter
 
     wanted, kept, count = set(frames), {}, 0
     with av.open(path) as container:
         stream = container.streams.video[0]
-        graph = av.filter.Graph()
-        chain = [
-            graph.add_buffer(template=stream),
-            graph.add("scale", f"{width}:{height}:flags=bilinear"),
-            graph.add("format", "pix_fmts=rgb24"),
-            graph.add("buffersink"),
-        ]
-        for upper, lower in pairwise(chain):
-            upper.link_to(lower)
-        graph.configure()
+        graph = filter_graph(
+            {"template": stream}, [("scale", f"{width}:{height}:flags=bilinear"), ("format", "pix_fmts=rgb24")]
+        )
         for frame in container.decode(stream):
             if count in wanted:
                 graph.push(frame)
@@ -105,6 +102,18 @@ def read_pyav(path: str, frames: list[int], height: int, width: int, expected: i
     if count != expected:
         raise ValueError(f"the video has {count} frames, expected {expected}")
     return np.stack([kept[i] for i in frames])
+
+
+def filter_graph(buffer: Mapping[str, Any], filters: Sequence[tuple[str, str]]) -> Graph:
+    """libavfilter's ``filters`` (name, arguments) in a row; ``buffer`` says what goes in, as PyAV's add_buffer does."""
+    import av.filter
+
+    graph = av.filter.Graph()
+    chain = [graph.add_buffer(**buffer), *(graph.add(*step) for step in filters), graph.add("buffersink")]
+    for upper, lower in pairwise(chain):
+        upper.link_to(lower)
+    graph.configure()
+    return graph
 
 
 DECODERS: Final[Mapping[str, Decoder]] = MappingProxyType({"decord": read_decord, "pyav": read_pyav})

@@ -289,7 +289,7 @@ class Store:
 
     def read_flow(self, name: str, video: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Flow in pixels, float32 (t, 2, h, w), out of its stored int16."""
-        return self.read(name, video, start, stop).astype(np.float32) / FLOW_SCALE
+        return unpack_flow(self.read(name, video, start, stop))
 
 
 def pack_flow(flow: np.ndarray) -> np.ndarray:
@@ -305,3 +305,8 @@ def pack_flow(flow: np.ndarray) -> np.ndarray:
             remedy="look at the teacher's output for this video with `clevrcast teachers`",
         )
     return np.rint(flow * FLOW_SCALE).astype(np.int16)
+
+
+def unpack_flow(stored: np.ndarray) -> np.ndarray:
+    """The inverse of `pack_flow`: float32, in pixels."""
+    return stored.astype(np.float32) / FLOW_SCALE

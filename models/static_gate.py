@@ -50,17 +50,19 @@ def static_gate(
     threshold: float = THRESHOLD,
     radius: int = RADIUS,
     contrast: float = CONTRAST,
+    scene: UInt8[Tensor, "n h w 3"] | None = None,
 ) -> Gate:
     """Moving objects of every pair of consecutive frames of one video, from the frames alone.
 
     ``threshold``: what makes a pixel change, in levels of 0..255 of the channel that changes most, after a slight
     blur; ``contrast``: likewise, what parts an object from the background; ``radius``: pixels of a gap half that
-    closing bridges, meant for 320 rows (halve it for 160). Give the whole video: it holds the background.
+    closing bridges, meant for 320 rows (halve it for 160). ``scene``: frames whose median is the background, which are
+    these frames where they are a whole video.
     """
     if len(frames) < 2 or threshold < 0 or contrast < 0 or radius < 0:
         raise ValueError(f"need two frames, nothing negative; got {len(frames)}, {threshold}, {contrast}, {radius}")
     smooth = [cv2.GaussianBlur(frame.astype(np.float32), (0, 0), _BLUR) for frame in frames.cpu().numpy()]
-    background = cv2.GaussianBlur(_median(frames), (0, 0), _BLUR)
+    background = cv2.GaussianBlur(_median(frames if scene is None else scene), (0, 0), _BLUR)
     foreground = [_difference(frame, background) > contrast for frame in smooth]
     fwd, bwd = [], []
     for k in range(len(smooth) - 1):
@@ -77,9 +79,10 @@ def gate_flow(
     threshold: float = THRESHOLD,
     radius: int = RADIUS,
     contrast: float = CONTRAST,
+    scene: UInt8[Tensor, "n h w 3"] | None = None,
 ) -> FlowPair:
     """The flows of these frames, zero where `static_gate` sees nothing move."""
-    gate = static_gate(frames, threshold=threshold, radius=radius, contrast=contrast)
+    gate = static_gate(frames, threshold=threshold, radius=radius, contrast=contrast, scene=scene)
     fwd, bwd = (keep[:, None].to(pair.flow_fwd.device) for keep in (gate.fwd, gate.bwd))
     return FlowPair(pair.flow_fwd * fwd, pair.flow_bwd * bwd)
 

@@ -46,6 +46,7 @@ PROGRAMS = {
     "doctor": "whether this machine and this workspace can do the work, and what to do where they cannot",
     "verify": "compare every stored byte with its digest; --repair rebuilds what is damaged",
     "teachers": "accuracy and speed of every flow teacher at hand against truth",
+    "predict": "what happens next in a video of your own, by a trained predictor",
     "animate": "a still image set in motion, by a video's or a drawn motion",
     "transfer": "the motion of one video given to the first frame of another",
     "restyle": "another appearance under the same motion",

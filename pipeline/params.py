@@ -18,9 +18,9 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from pipeline.errors import ParamsError
-from pipeline.sections import Params, Vae, VaeKey
+from pipeline.sections import Params
 
-__all__ = ["Params", "Vae", "VaeKey", "check_options", "load_params", "parse_params", "read_yaml", "reference"]
+__all__ = ["Params", "check_options", "load_params", "parse_params", "read_yaml", "reference"]
 
 REFUSED = ("size", "nfiles")
 """DVC's run cache ignores parameters of these names and would bring back old outputs (treeverse/dvc 10296)."""

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from data.store import Store, pack_flow
 from data.video import VideoReader
 from models.flow_teachers import FlowPair, FlowTeacher, build_teacher
 from models.static_gate import gate_flow
+from pipeline.sections import Flow, Gate
 from pipeline.stage import ARTIFACTS, Job, run_stage
 from stages.fields import flow_specs
 from stages.kept import Kept
@@ -66,15 +68,7 @@ def run(job: Job) -> None:
 def _estimate(job: Job, catalog: Catalog, meter: Meter) -> None:
     flow, decode, gate = job.params.flow, job.params.decode, job.params.flow.gate
     (h, w), kept = flow.resolution, Kept(catalog, decode)
-    # Only the digest of its weights is needed here; the network is built when the first video is not found ready.
-    teacher = build_teacher(
-        flow.teacher,
-        device=job.device,
-        iterations=flow.iterations,
-        precision=flow.precision,
-        compiled=flow.compiled,
-        weights=flow.weights,
-    )
+    teacher = teacher_of(flow, job.device)
     if teacher.warning:
         print(f"flow: {teacher.name}: {teacher.warning}", file=sys.stderr)
     with VideoReader(timeout=decode.timeout) as reader:
@@ -85,15 +79,38 @@ def _estimate(job: Job, catalog: Catalog, meter: Meter) -> None:
             read = reader.read(
                 path, kept.frames(video), height=h, width=w, expected_frames=FRAMES, expected_sha256=digest
             )
-            frames = torch.from_numpy(read)
-            pair = meter.measured(teacher, frames)
-            if gate.enabled:
-                pair = gate_flow(pair, frames, threshold=gate.threshold, contrast=gate.contrast, radius=gate.radius)
-            fwd, bwd = (pack_flow(f.cpu().numpy()) for f in (pair.flow_fwd, pair.flow_bwd))
-            return {"flow_fwd": fwd, "flow_bwd": bwd}
+            return taught(partial(meter.measured, teacher), gate, torch.from_numpy(read))
 
         inputs = {v.id: (v.video_sha256, *kept.inputs(v.id)) for v in catalog.videos}
         _build(job, inputs, compute, identity=teacher.identity, teacher=teacher.facts)
+
+
+def teacher_of(flow: Flow, device: str) -> FlowTeacher:
+    """The teacher of the parameters. Only the digest of its weights is known yet: its network is built when the first
+    video is not found ready."""
+    return build_teacher(
+        flow.teacher,
+        device=device,
+        iterations=flow.iterations,
+        precision=flow.precision,
+        compiled=flow.compiled,
+        weights=flow.weights,
+    )
+
+
+def taught(
+    teacher: Callable[[Tensor], FlowPair],
+    gate: Gate,
+    frames: UInt8[Tensor, "t h w 3"],
+    scene: UInt8[Tensor, "n h w 3"] | None = None,
+) -> dict[str, np.ndarray]:
+    """Both flows of consecutive frames as they are stored. ``scene`` as in `models.static_gate.static_gate`."""
+    pair = teacher(frames)
+    if gate.enabled:
+        pair = gate_flow(
+            pair, frames, threshold=gate.threshold, contrast=gate.contrast, radius=gate.radius, scene=scene
+        )
+    return {name: pack_flow(getattr(pair, name).cpu().numpy()) for name in ("flow_fwd", "flow_bwd")}
 
 
 def _copy_labels(job: Job, catalog: Catalog) -> None:

@@ -20,8 +20,9 @@ from models.vae_training import OPTIONS as TRAINING
 from models.vae_training import FlowVaeOptions, VaeOptions, train_vae
 from pipeline.errors import ParamsError
 from pipeline.journal import BadItem, Unit
-from pipeline.params import Vae, VaeKey, check_options
+from pipeline.params import check_options
 from pipeline.progress import Tick
+from pipeline.sections import Vae, VaeKey
 from pipeline.stage import Job, run_stage
 from stages.folder import build_folder
 from stages.images import open_images
