@@ -56,7 +56,7 @@ def workspace(tmp_path: Path, video: Path, monkeypatch: pytest.MonkeyPatch) -> P
 def raw(root: Path, **changes: Any) -> dict[str, Any]:
     params = read_yaml(root / "params.yaml")
     params["decode"] |= {"frames": 4, "stride": 1}
-    params["evaluate"] |= {"context": 2, "horizon": 2}
+    params["evaluate"] |= {"protocol": "test", "context": 2, "horizon": 2}
     for block in params["predictors"].values():
         block["horizon"] = 1
     params["flow"] |= {"resolution": [H, W], "iterations": 1, **changes}

@@ -70,7 +70,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def job(root: Path, stage: str, key: str, **block: Any) -> Job:
     raw = read_yaml(root / "params.yaml")
     raw["decode"] |= {"resolution": [H, W], "frames": 2 * T, "stride": 2}
-    raw["evaluate"] |= {"context": 2, "horizon": 2}
+    raw["evaluate"] |= {"protocol": "test", "context": 2, "horizon": 2}
     for predictor in raw["predictors"].values():
         predictor["horizon"] = 2
     raw["vae"]["frame"] = {"training": {"steps": 2, "warmup": 1}, "batch": 4}
