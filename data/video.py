@@ -26,13 +26,17 @@ import numpy as np
 from jaxtyping import UInt8
 
 from data.decoders import DECODERS, Decoder, find_fault, first_line
-from data.errors import VideoError
+from data.errors import MachineError, VideoError
 from data.files import file_digest
 from data.world import FPS, HEIGHT, WIDTH
 
 _REMEDY = "check the file with `ffprobe`, fetch it again, or leave this video out of acquire.videos"
 _START_LIMIT: Final = 300.0
 """Seconds that the worker may take to start; a busy machine is not the fault of the first video."""
+_KILLED: Final = (-signal.SIGKILL, -signal.SIGTERM)
+"""Exit codes of a worker that was ended from outside: by the kernel for want of memory, by who stops a job. A decoder
+that crashes ends by other signals."""
+_ATTEMPTS: Final = 2
 
 
 class VideoReader:
@@ -78,6 +82,7 @@ class VideoReader:
 
         Raises:
             VideoError: naming the path, what was expected and what was found.
+            MachineError: the decoding process was killed from outside, twice.
             IndexError: an index is outside 0..expected_frames - 1.
         """
         path = Path(path)
@@ -108,20 +113,33 @@ class VideoReader:
         self._worker = self._pipe = self._frames = None
 
     def _ask(self, function: Callable[..., Any], *arguments: object) -> np.ndarray | str | None:
-        """What ``function`` returned in the worker, or the reason why it returned nothing."""
-        worker, pipe, shared = self._connect()
-        try:
-            pipe.send((function, arguments))
-            if not pipe.poll(self.timeout):
+        """What ``function`` returned in the worker, or the reason why it returned nothing.
+
+        A worker that was killed from outside says nothing about the video: a fresh one is asked. Raises MachineError
+        if that is killed too.
+        """
+        code = None
+        for _ in range(_ATTEMPTS):
+            worker, pipe, shared = self._connect()
+            try:
+                pipe.send((function, arguments))
+                if not pipe.poll(self.timeout):
+                    self.close()
+                    return f"no answer within {self.timeout:g} s, the decoder was killed"
+                answer = pipe.recv()
+            except (EOFError, BrokenPipeError, ConnectionResetError):
+                worker.join(1)
+                code = worker.exitcode
                 self.close()
-                return f"no answer within {self.timeout:g} s, the decoder was killed"
-            answer = pipe.recv()
-        except (EOFError, BrokenPipeError, ConnectionResetError):
-            worker.join(1)
-            code = worker.exitcode
-            self.close()
-            return f"the decoder died (exit code {code})"
-        return shared.take(answer) if isinstance(answer, tuple) else answer
+                if code not in _KILLED:
+                    return f"the decoder died (exit code {code})"
+            else:
+                return shared.take(answer) if isinstance(answer, tuple) else answer
+        raise MachineError(
+            f"{arguments[0]}: {_ATTEMPTS} decoding processes in a row were killed from outside (exit code {code})",
+            remedy="look into the kernel's log for a lack of memory: use fewer workers (CLEVRCAST_WORKERS) or a larger "
+            "machine, and run the same command again",
+        )
 
     def _connect(self) -> tuple[BaseProcess, Connection, _SharedFrames]:
         if self._worker is None or self._pipe is None or self._frames is None or not self._worker.is_alive():
