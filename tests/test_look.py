@@ -41,6 +41,12 @@ def film(video: int) -> np.ndarray:
     return coarse.repeat(8, axis=1).repeat(8, axis=2)
 
 
+def picture(file: Path | str) -> np.ndarray:
+    image = cv2.imread(str(file))
+    assert image is not None
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
 @pytest.fixture
 def workspace(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder: parameters, nothing else."""
@@ -96,7 +102,7 @@ def test_a_picture_shows_the_frame_as_stored(
     assert file == OUT / "inspect-decode-00001.png"
     assert "5 frames of 32x48" in said
     assert ("1 of 2 shards" in said) is (fixture == "interrupted")
-    sheet = cv2.cvtColor(cv2.imread(str(file)), cv2.COLOR_BGR2RGB)
+    sheet = picture(file)
     scale = 8  # 48 columns are enlarged to 384 at least
     np.testing.assert_array_equal(sheet[22 : 22 + scale * H : scale, 4 : 4 + scale * W : scale], film(1)[3])
 
@@ -146,13 +152,13 @@ def test_the_course_of_a_training_finished_or_not(
     save_state(kept_state(unfinished(folder, unit)) / STATE, state)
     assert look.main(["train@advect", "--out", "curve.png"]) == 0
     assert "3 steps (at step 3 of 10); loss 3.0000 over the first tenth, 1.0000 over" in capsys.readouterr().out
-    assert cv2.imread("curve.png").shape[0] > 200
+    assert picture("curve.png").shape[0] > 200
     output = Path("artifacts/train/advect")
     write_json(output / "curves.json", curves)
     write_manifest(output, {"stage": "train@advect", "files": {}})
     assert look.main(["train@advect", "--out", "curve.png"]) == 0
     assert "3 steps (finished)" in capsys.readouterr().out
-    assert cv2.imread("curve.png").shape[0] > 200
+    assert picture("curve.png").shape[0] > 200
     write_json(output / "curves.json", {})
     assert "nothing to learn" in refused("train@advect")
 

@@ -65,7 +65,9 @@ def test_every_stage_can_be_looked_at(built: Workspace, monkeypatch: pytest.Monk
     for title in ("acquire", "decode", "label", "flow", "occlusion", *keyed):
         file = tmp_path / f"{title}.png"
         assert look.main([title, "--video", "15000", "--frame", "3", "--out", str(file)]) == 0, title
-        assert min(cv2.imread(str(file)).shape[:2]) > 200
+        image = cv2.imread(str(file))
+        assert image is not None
+        assert min(image.shape[:2]) > 200
     assert look.main(["train@latent_warp", "--out", str(tmp_path / "curve.png")]) == 0
     assert look.main(["report"]) == 0
     file = tmp_path / "clip.mp4"
