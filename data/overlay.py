@@ -6,6 +6,7 @@ Images are uint8 RGB arrays (h, w, 3), as in `data.picture`; none is changed in 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -27,14 +28,18 @@ def draw_boxes(image: Image, boxes: Float[np.ndarray, "n 4"], names: Sequence[st
 
     Objects that are ``struck`` (collide at this moment) get a thick red frame.
     """
-    out = image.copy()
+    out, taken = image.copy(), np.zeros(image.shape[:2], bool)
     for k, (box, name) in enumerate(zip(boxes, names, strict=True)):
         x0, y0, x1, y1 = (round(float(v)) for v in box)
         if x1 <= x0 or y1 <= y0:
             continue
         colour = STRUCK if struck[k] else _colour(k)
         cv2.rectangle(out, (x0, y0), (x1 - 1, y1 - 1), colour, 3 if struck[k] else 1)
-        _tag(out, name, (x0, y0 - 3 if y0 > 14 else y1 + 11), colour)
+        places = [_place(out, name, (x0, y)) for y in (y0 - 3, y1 + 12, y0 - 17, y1 + 26)]
+        free = [place for place in places if not taken[place.rows, place.columns].any()]
+        place = (free or places)[0]
+        _tag(out, name, place, colour)
+        taken[place.rows, place.columns] = True
     return out
 
 
@@ -47,14 +52,14 @@ def draw_masks(image: Image, instances: UInt8[np.ndarray, "h w"]) -> Image:
             continue
         out[mine] = (0.35 * out[mine] + 0.65 * np.array(_colour(k))).round().astype(np.uint8)
         rows, columns = np.nonzero(mine)
-        _tag(out, str(k), (int(columns.mean()) - 4, int(rows.mean()) + 4), _colour(k))
+        _tag(out, str(k), _place(out, str(k), (int(columns.mean()) - 4, int(rows.mean()) + 4)), _colour(k))
     return out
 
 
 def banner(image: Image, text: str, colour: tuple[int, int, int] = STRUCK) -> Image:
     """The image with a line of text in its upper left corner."""
     out = image.copy()
-    _tag(out, text, (4, 14), colour)
+    _tag(out, text, _place(out, text, (4, 14)), colour)
     return out
 
 
@@ -94,13 +99,27 @@ def _colour(k: int) -> tuple[int, int, int]:
     return OBJECT_COLOURS[k % len(OBJECT_COLOURS)]
 
 
-def _tag(image: Image, text: str, at: tuple[int, int], colour: tuple[int, int, int]) -> None:
-    """Text in white on ``colour``, moved inside the image; ``at`` is its lower left corner."""
+@dataclass(frozen=True)
+class _Place:
+    """Where a line of text stands: its lower left corner, and the pixels that its ground covers."""
+
+    corner: tuple[int, int]
+    rows: slice
+    columns: slice
+
+
+def _place(image: Image, text: str, at: tuple[int, int]) -> _Place:
+    """Of text whose lower left corner is at ``at``, moved inside the image."""
     (w, h), low = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, 0.4, 1)
     x = min(max(at[0], 1), max(image.shape[1] - w - 2, 1))
     y = min(max(at[1], h + 1), image.shape[0] - low)
-    cv2.rectangle(image, (x - 1, y - h - 1), (x + w, y + low - 1), colour, -1)
-    cv2.putText(image, text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (255, 255, 255), 1, cv2.LINE_AA)
+    return _Place((x, y), slice(y - h - 1, y + low), slice(x - 1, x + w + 1))
+
+
+def _tag(image: Image, text: str, place: _Place, colour: tuple[int, int, int]) -> None:
+    """Text in white on ``colour``."""
+    image[place.rows, place.columns] = colour
+    cv2.putText(image, text, place.corner, cv2.FONT_HERSHEY_SIMPLEX, 0.4, (255, 255, 255), 1, cv2.LINE_AA)
 
 
 def _write(image: Sheet, text: str, at: tuple[int, int]) -> None:
