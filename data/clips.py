@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Float16, Int, Int16, UInt8
 from torch import Tensor
 
+from data.ahead import ahead
 from data.errors import EmptyError, StoreError
 from data.resize import resize_field, resize_flow
 from data.store import Store, unpack_flow
@@ -147,7 +148,8 @@ class ClipSource:
     def batches(
         self, length: int, batch: int, *, seed: int, first: int = 0, part: tuple[int, int] = (0, 1)
     ) -> Iterator[Clip]:
-        """Endless shuffled batches; batch ``first`` onwards, so that training resumes where it stopped.
+        """Endless shuffled batches; batch ``first`` onwards, so that training resumes where it stopped. A thread loads
+        the next batch meanwhile; the source is its alone until the iterator is closed or forgotten.
 
         The order is a function of ``seed`` alone: epoch e is permuted by the generator of (seed, e), and an
         incomplete batch is filled from the next epoch. ``part`` (i, n) loads the i-th of n equal shares of every
@@ -158,14 +160,7 @@ class ClipSource:
         if batch % count:
             raise ValueError(f"a batch of {batch} cannot be cut into {count} equal shares")
         share = slice(index * batch // count, (index + 1) * batch // count)
-        orders: dict[int, np.ndarray] = {}
-        for position in itertools.count(first * batch, batch):
-            chosen = []
-            for epoch, offset in (divmod(k, len(windows)) for k in range(position, position + batch)):
-                if epoch not in orders:
-                    orders = {epoch: np.random.default_rng((seed, epoch)).permutation(len(windows))}
-                chosen.append(windows[orders[epoch][offset]])
-            yield self.clip(chosen[share], length)
+        yield from ahead(self.clip(chosen[share], length) for chosen in _shuffled(windows, batch, seed, first))
 
     def _window(self, name: str, video: int, start: int, length: int) -> Tensor:
         stop = start + length - (name in PAIRS)
@@ -187,6 +182,18 @@ class ClipSource:
             h, w = store.specs["instances"]["item"][1:3]
             ready = ready * torch.tensor([self.width / w, self.height / h] * 2)
         return ready
+
+
+def _shuffled(windows: Sequence[tuple[int, int]], batch: int, seed: int, first: int) -> Iterator[list[tuple[int, int]]]:
+    """Endless batches of windows, from number ``first`` on; see `ClipSource.batches`."""
+    orders: dict[int, np.ndarray] = {}
+    for position in itertools.count(first * batch, batch):
+        chosen = []
+        for epoch, offset in (divmod(k, len(windows)) for k in range(position, position + batch)):
+            if epoch not in orders:
+                orders = {epoch: np.random.default_rng((seed, epoch)).permutation(len(windows))}
+            chosen.append(windows[orders[epoch][offset]])
+        yield chosen
 
 
 def frames_on_grid(

@@ -62,6 +62,7 @@ class VideoReader:
 
         Raises:
             VideoError: naming the path, what was expected and what was found.
+            MachineError: the decoding process was killed from outside, twice.
             IndexError: an index is outside 0..expected_frames - 1.
         """
         path = Path(path)

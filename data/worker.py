@@ -23,8 +23,14 @@ from typing import Any, Final
 import numpy as np
 from jaxtyping import UInt8
 
+from data.errors import MachineError
+
 _START_LIMIT: Final = 300.0
 """Seconds that the worker may take to start; a busy machine is not the fault of the first file."""
+_KILLED: Final = (-signal.SIGKILL, -signal.SIGTERM)
+"""Exit codes of a worker that was ended from outside: by the kernel for want of memory, by who stops a job. A decoder
+that crashes ends by other signals."""
+_ATTEMPTS: Final = 2
 
 
 class NoAnswerError(Exception):
@@ -46,22 +52,38 @@ class Worker:
         self._frames: _SharedFrames | None = None
 
     def ask(self, function: Callable[..., Any], *arguments: object) -> Any:
-        """What ``function``, one of a module, returned in the worker. Raises `NoAnswerError` if it did not return."""
-        process, pipe, shared = self.connect()
-        try:
-            pipe.send((function, arguments))
-            if not pipe.poll(self.timeout):
+        """What ``function``, one of a module, returned in the worker.
+
+        A worker that was killed from outside says nothing about the file: a fresh one is asked.
+
+        Raises:
+            NoAnswerError: it did not return, or raised.
+            MachineError: the fresh worker was killed from outside too.
+        """
+        code = None
+        for _ in range(_ATTEMPTS):
+            process, pipe, shared = self.connect()
+            try:
+                pipe.send((function, arguments))
+                if not pipe.poll(self.timeout):
+                    self.close()
+                    raise NoAnswerError(f"no answer within {self.timeout:g} s, the decoder was killed")
+                answer = pipe.recv()
+            except (EOFError, BrokenPipeError, ConnectionResetError):
+                process.join(1)
+                code = process.exitcode
                 self.close()
-                raise NoAnswerError(f"no answer within {self.timeout:g} s, the decoder was killed")
-            answer = pipe.recv()
-        except (EOFError, BrokenPipeError, ConnectionResetError):
-            process.join(1)
-            code = process.exitcode
-            self.close()
-            raise NoAnswerError(f"the decoder died (exit code {code})") from None
-        if isinstance(answer, _Raised):
-            raise NoAnswerError(answer.reason)
-        return shared.take(answer.shape) if isinstance(answer, _Shared) else answer
+                if code not in _KILLED:
+                    raise NoAnswerError(f"the decoder died (exit code {code})") from None
+            else:
+                if isinstance(answer, _Raised):
+                    raise NoAnswerError(answer.reason)
+                return shared.take(answer.shape) if isinstance(answer, _Shared) else answer
+        raise MachineError(
+            f"{arguments[0]}: {_ATTEMPTS} decoding processes in a row were killed from outside (exit code {code})",
+            remedy="look into the kernel's log for a lack of memory: use fewer workers (CLEVRCAST_WORKERS) or a larger "
+            "machine, and run the same command again",
+        )
 
     def close(self) -> None:
         """End the worker. It may be asked again: it starts another."""

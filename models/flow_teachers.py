@@ -221,7 +221,15 @@ def load_raft_weights(raft: RAFT, name: str, file: Path | None = None) -> str:
     content = path.read_bytes()
     try:
         raft.load_state_dict(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
-    except (RuntimeError, EOFError, pickle.UnpicklingError, AttributeError, TypeError) as error:
+    except (
+        RuntimeError,
+        EOFError,
+        pickle.UnpicklingError,
+        AttributeError,
+        TypeError,
+        LookupError,
+        ValueError,
+    ) as error:
         raise WeightsError(
             f"{path} ({len(content)} bytes) does not hold the weights of {name}: {error}",
             remedy="delete the file, and it will be downloaded again",

@@ -111,6 +111,9 @@ def parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="what a stage has done so far, also while it runs (no STAGE: all)")
     inspect.add_argument("stage", nargs="?", help="for example flow or encode@frame")
     inspect.add_argument("--json", action="store_true", help="for programs")
+    inspect.add_argument("--video", metavar="ID", help="show what the stage made of this video, as a clip")
+    inspect.add_argument("--frame", metavar="N", help="of that one moment, as a picture")
+    inspect.add_argument("--out", metavar="FILE", help="of the clip or picture")
     inspect.set_defaults(run=_inspect)
     retry = commands.add_parser("retry-failed", help="try the quarantined items of a stage again, and only these")
     retry.add_argument("stage")
@@ -250,9 +253,13 @@ def _results(_: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
+    _root()
+    shown = {name: value for name in ("video", "frame", "out") if (value := getattr(arguments, name)) is not None}
+    if shown:
+        stage = [] if arguments.stage is None else [arguments.stage]
+        return _call("stages.look", *stage, *(f"--{name}={value}" for name, value in shown.items()))
     from pipeline import inspection  # zarr takes a second to load
 
-    _root()
     if arguments.stage is None:
         _console().print(inspection.as_overview(WORK))
         return 0

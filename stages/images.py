@@ -33,6 +33,7 @@ class Images:
         self.length = int(store.specs[array]["item"][0])
         self.cache_bytes = cache_bytes
         self._held: dict[int, Tensor] = {}
+        self._held_bytes = 0
 
     def batches(self, batch: int, seed: int) -> Iterator[Float[Tensor, "b c h w"]]:
         """Endless; every image of a batch comes from a video drawn at random. Raises EmptyError without videos."""
@@ -61,9 +62,10 @@ class Images:
 
     def _one(self, video: int, t: int) -> Float[Tensor, "1 c h w"]:
         if video not in self._held:
-            if sum(held.nbytes for held in self._held.values()) >= self.cache_bytes:
+            if self._held_bytes >= self.cache_bytes:
                 return _in_units(self._load(video, t, t + 1))
             self._held[video] = self._load(video, 0, None)
+            self._held_bytes += self._held[video].nbytes
         return _in_units(self._held[video][t : t + 1])
 
     def _load(self, video: int, start: int, stop: int | None) -> Tensor:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import io
+import os
 import random
+import signal
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +20,7 @@ from pathlib import Path
 import av
 import numpy as np
 
+from data.decoders import read_pyav
 from data.picture import encode_png, encode_video
 
 Edits = Mapping[bytes, Callable[[bytes], bytes]]
@@ -180,6 +183,21 @@ def hang(path: str, *_: object) -> np.ndarray:
     Path(path).with_suffix(".hanging").touch()
     ctypes.PyDLL(None).sleep(3600)  # PyDLL calls with the lock held
     raise AssertionError("an hour has passed")
+
+
+def killed_once(path: str, frames: list[int], *size: int) -> np.ndarray:
+    """A decoder whose process is killed from outside while it reads the file for the first time."""
+    seen = Path(path).with_suffix(".killed")
+    if not seen.exists():
+        seen.touch()
+        os.kill(os.getpid(), signal.SIGTERM)
+    return read_pyav(path, frames, *size)
+
+
+def killed(path: str, *_: object) -> np.ndarray:
+    """A decoder whose process is always killed from outside, as where memory lacks."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError(f"it outlived SIGKILL, reading {path}")
 
 
 def die(path: str, *_: object) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.clips import ClipSource
+from data.clips import Clip, ClipSource
 from data.errors import EmptyError, StoreError
 from data.store import ArraySpec, ShardPlace, Store, assemble, write_shard
 
@@ -144,3 +146,18 @@ def test_processes_share_every_batch_in_its_order(stores: dict[str, Store]) -> N
         assert torch.equal(torch.cat([getattr(share, name) for share in shares]), getattr(whole, name))
     with pytest.raises(ValueError, match="batch of 6 cannot be cut into 4 equal shares"):
         next(source.batches(5, 6, seed=3, part=(0, 4)))
+
+
+def test_batches_are_loaded_ahead_of_their_use(stores: dict[str, Store], monkeypatch: pytest.MonkeyPatch) -> None:
+    source = ClipSource({"frames": stores["frames"]}, height=H, width=W, videos=[1, 2, 5])
+    plain, loaded = source.clip, threading.Semaphore(0)
+
+    def clip(windows: Sequence[tuple[int, int]], length: int) -> Clip:
+        loaded.release()
+        return plain(windows, length)
+
+    monkeypatch.setattr(source, "clip", clip)
+    batches = source.batches(5, 6, seed=3)
+    next(batches)
+    for _ in range(2):
+        assert loaded.acquire(timeout=20)

@@ -199,7 +199,7 @@ def test_without_network_and_file_the_three_ways_out_are_named(
     assert not list(tmp_path.rglob("*.pth*"))
 
 
-@pytest.mark.parametrize("content", [b"", b"not weights", b"PK\x03\x04 cut off"])
+@pytest.mark.parametrize("content", [b"", b"not weights", b"half of it", b"PK\x03\x04 cut off"])
 def test_a_damaged_file_is_named(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "hub/checkpoints" / CHECKPOINT.name
     path.parent.mkdir(parents=True)

@@ -12,8 +12,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import av
+import cv2
 import pytest
 
+from stages import look
 from tests.workspace import Workspace
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -54,6 +57,26 @@ def test_the_report_stands_alone(built: Workspace) -> None:
     assert "http" + "://" not in page.replace("http://www.w3.org/", "")
     table = built.module("pipeline.cli", "results")
     assert table.index("copy_last") < table.index("advect") < table.index("latent_warp") < table.index("vae_ceiling")
+
+
+def test_every_stage_can_be_looked_at(built: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(built.folder)
+    keyed = ("vae@frame", "vae@flow", "encode@frame", "encode@flow", "evaluate@latent_warp")
+    for title in ("acquire", "decode", "label", "flow", "occlusion", *keyed):
+        file = tmp_path / f"{title}.png"
+        assert look.main([title, "--video", "15000", "--frame", "3", "--out", str(file)]) == 0, title
+        image = cv2.imread(str(file))
+        assert image is not None
+        assert min(image.shape[:2]) > 200
+    assert look.main(["train@latent_warp", "--out", str(tmp_path / "curve.png")]) == 0
+    assert look.main(["report"]) == 0
+    file = tmp_path / "clip.mp4"
+    built.module("pipeline.cli", "inspect", "flow", "--video", "15000", "--out", str(file))
+    with av.open(str(file)) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 19
+    said = built.module("pipeline.cli", "inspect", "flow", "--video", "3", ok=False)
+    assert "error: flow holds no video 3" in said
+    assert "0-2, 15000" in said
 
 
 def test_dvc_shows_metrics_params_and_plots(built: Workspace) -> None:

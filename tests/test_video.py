@@ -22,7 +22,7 @@ import pytest
 from data.catalog import Catalog, Video
 from data.clevrer import FPS, FRAMES, HEIGHT, WIDTH, video_path
 from data.decoders import find_fault, read_decord, read_pyav
-from data.errors import VideoError
+from data.errors import MachineError, VideoError
 from data.picture import encode_video
 from data.store import Store
 from data.video import VideoReader
@@ -353,6 +353,22 @@ def test_a_decoder_that_crashes_is_named_and_replaced(clip: Path) -> None:
         assert refusal(reader, clip) == f"first: the decoder died (exit code {-signal.SIGSEGV})"
     with VideoReader(timeout=30.0, decoders={"first": damaged_videos.die, "second": read_pyav}) as reader:
         assert read(reader, clip, [3]).shape == (1, H, W, 3)
+
+
+def test_a_worker_that_is_killed_at_work_is_replaced_once_and_never_the_videos_fault(
+    clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / clip.name
+    shutil.copy(clip, path)
+    with VideoReader(timeout=30.0, decoders={"first": damaged_videos.killed_once}) as reader:
+        np.testing.assert_array_equal(read(reader, path, [3]), read_pyav(str(path), [3], H, W, T))
+        assert path.with_suffix(".killed").exists()
+    monkeypatch.setattr("data.video.find_fault", damaged_videos.killed)
+    with (
+        VideoReader(timeout=30.0) as reader,
+        pytest.raises(MachineError, match=rf"{clip.name}: 2 .* killed from outside \(exit code -9\)"),
+    ):
+        read(reader, path, [0])
 
 
 def test_a_worker_that_was_killed_is_replaced(clip: Path) -> None:
