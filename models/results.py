@@ -93,10 +93,15 @@ def read_results(folder: Path) -> Evaluation:
         name=headline["predictor"],
         state=from_json((folder / "states.json").read_text()),
         parameters=headline["parameters"],
-        examples=tuple(_load_example(path) for path in sorted((folder / "examples").glob("*.npz"))),
+        examples=read_examples(folder),
         speed=None,
         protocol=headline["protocol"],
     )
+
+
+def read_examples(folder: Path) -> tuple[Example, ...]:
+    """The windows that were kept, whatever became of the metrics since."""
+    return tuple(_load_example(path) for path in sorted((folder / "examples").glob("*.npz")))
 
 
 def film(example: Example) -> UInt8[np.ndarray, "t rows cols 3"]:

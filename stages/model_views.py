@@ -17,7 +17,7 @@ from models.examples import Example
 from models.latent_colours import latent_colours
 from models.latent_vae import LatentVAE
 from models.reconstruction import QUALITY, psnr, reconstruct
-from models.results import read_results
+from models.results import read_examples
 from pipeline.devices import device
 from pipeline.params import Params
 from stages.images import SOURCES, Images
@@ -80,7 +80,7 @@ def evaluate(key: str, video: int, params: Params) -> View:
     """The windows of a video that were kept as examples, all of them one below the other."""
     title = f"evaluate@{key}"
     folder = folder_of(title)
-    examples = read_results(folder).examples
+    examples = read_examples(folder)
     mine = [e for e in examples if e.video == video]
     if not mine:
         raise EmptyError(

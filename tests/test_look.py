@@ -22,7 +22,6 @@ from data.store import ArraySpec, ShardPlace, assemble, write_shard
 from models.examples import Example
 from models.latent_colours import latent_colours
 from models.results import _save_example
-from models.statistics import Statistic, state_of
 from models.training_state import TrainingState, save_state
 from pipeline import cli
 from pipeline.journal import BadItem, Plan, Unit, write_record
@@ -171,9 +170,6 @@ def test_kept_windows_are_shown_or_listed(
         ("worst", "first"), 7, 16, frames[:2], frames[2:4], frames[3:5], np.array([0.1, 0.01]), np.array([0.2, 0.02])
     )
     _save_example(output / "examples/worst.npz", example)
-    write_json(output / "metrics.json", {"predictor": "advect", "parameters": 0})
-    nothing = Statistic(np.zeros((1, 2)), np.ones((1, 2)))
-    (output / "states.json").write_text(state_of(np.array([7]), {"mse": nothing}).to_json())
     write_manifest(output, {"stage": "evaluate@advect", "files": {}})
     assert look.main(["evaluate@advect", "--video", "7", "--frame", "2"]) == 0
     assert "worst and first from frame 16 (skill 0.500)" in capsys.readouterr().out
