@@ -292,7 +292,7 @@ def _too_short(footage: Footage, film: Film, found: int, needed: int, step: floa
 
 
 def _check(out: Rollout, key: str) -> None:
-    bad = [k + 1 for k, frame in enumerate(out.frames[0]) if not bool(torch.isfinite(frame).all())]
+    bad = [k + 1 for k in range(out.frames.shape[1]) if not bool(torch.isfinite(out.frames[:, k]).all())]
     if bad:
         raise NonFiniteError(
             f"{key} predicted colours that are no numbers from step {bad[0]} on",

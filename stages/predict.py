@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 tick(1, footage.name)
     except (ClevrcastError, PipelineError, OSError) as error:
         return _failed(error)
-    if failed:
+    if failed and len(folders) > 1:
         print(f"{failed} of {len(folders)} forecasts could not be made", file=sys.stderr)
     return 1 if failed else 0
 
