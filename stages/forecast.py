@@ -267,9 +267,9 @@ class Forecaster:
 
 def _single(path: Path) -> Footage:
     found = find_videos(path)
-    if len(found.videos) > 1:
+    if len(found.videos) != 1:
         raise SourceError(f"{path} holds {len(found.videos)} videos", remedy="give one of them")
-    return found.videos[0]
+    return next(iter(found.videos))
 
 
 def _too_short(footage: Footage, film: Film, found: int, needed: int, step: float, key: str) -> VideoError:
