@@ -18,6 +18,7 @@ import numpy as np
 
 from data.decoders import filter_graph
 from data.framing import Fit, Framing, frame
+from data.shots import Shot, shots_of, sought
 
 if TYPE_CHECKING:
     from av import VideoFrame
@@ -104,14 +105,6 @@ class Refusal:
     still: bool = False
 
 
-@dataclass(frozen=True)
-class _Shot:
-    seconds: float
-    picture: VideoFrame
-    good: bool
-    after_damage: bool
-
-
 def load_decoder() -> None:
     """What reading needs, loaded."""
     import av
@@ -125,6 +118,7 @@ def read_film(path: str, request: Request) -> Film | Refusal:
     """What ``request`` asks of one video file."""
     import av
     from av.error import FFmpegError
+    from av.stream import Disposition
 
     try:
         # Only this very file: a name is no address, and what a file lists is not fetched.
@@ -135,7 +129,7 @@ def read_film(path: str, request: Request) -> Film | Refusal:
         kind = container.format.name
         if kind.endswith("_pipe") or kind == "image2":
             return Refusal("it is a still picture", still=True)
-        streams = [s for s in container.streams.video if "attached_pic" not in str(s.disposition)]
+        streams = [s for s in container.streams.video if Disposition.attached_pic not in s.disposition]
         if kind in _REFUSED or not streams:
             what = "sound only" if container.streams.audio and kind not in _REFUSED else f"no video in it ({kind})"
             return Refusal(f"there is {what}")
@@ -150,7 +144,7 @@ def read_pictures(paths: list[str], request: Request) -> Film | Refusal:
     rate = request.fps or 1 / request.step
     damage: list[str] = []
 
-    def shots() -> Iterator[_Shot]:
+    def shots() -> Iterator[Shot]:
         broken = False
         for index, path in enumerate(paths):
             image = cv2.imread(path, cv2.IMREAD_COLOR)
@@ -159,7 +153,7 @@ def read_pictures(paths: list[str], request: Request) -> Film | Refusal:
                 broken = True
                 continue
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(image[..., ::-1], np.uint8), format="rgb24")
-            yield _Shot(index / rate, picture, True, broken)
+            yield Shot(index / rate, picture, True, broken)
             broken = False
 
     about = About("pictures", Path(paths[0]).suffix[1:].lower(), 0, 0, rate, 0, 1.0, len(paths) / rate, len(paths))
@@ -191,94 +185,14 @@ def _gather(container: InputContainer, stream: VideoStream, request: Request) ->
     seek = start - request.scene * request.step - 0.5
     shots = None
     if seek > _SEEK_FROM and request.fps is None and stream.start_time is not None:
-        shots = _sought(container, stream, seek, damage)
+        shots = sought(container, stream, seek, damage)
     whole = shots is None
     if shots is None:
-        shots = _shots(container, stream, rate, request.fps is None, damage)
+        shots = shots_of(container, stream, rate, request.fps is None, damage)
     return _select(shots, request, about, damage, whole=whole)
 
 
-def _sought(
-    container: InputContainer, stream: VideoStream, seconds: float, damage: list[str]
-) -> Iterator[_Shot] | None:
-    """The shots from a key frame before ``seconds`` on, or None (rewound) where that place cannot be found."""
-    from av.error import FFmpegError
-
-    assert stream.start_time is not None
-    assert stream.time_base is not None
-    try:
-        container.seek(stream.start_time + int(seconds / stream.time_base), stream=stream)
-        shots = _shots(container, stream, 0.0, True, damage, origin=stream.start_time)
-        first = next((shot for shot in shots if shot.picture.key_frame), None)
-        if first is not None and first.seconds <= seconds + 0.5 and first.picture.pts is not None:
-            return _with(first, shots)
-    except FFmpegError:
-        pass  # no index to go by: it is read from its start
-    damage.clear()
-    container.seek(0)
-    return None
-
-
-def _with(first: _Shot, rest: Iterator[_Shot]) -> Iterator[_Shot]:
-    yield replace(first, good=True, after_damage=False)
-    yield from rest
-
-
-def _shots(
-    container: InputContainer,
-    stream: VideoStream,
-    rate: float,
-    timed: bool,
-    damage: list[str],
-    origin: int | None = None,
-) -> Iterator[_Shot]:
-    """Pictures in order of time. After damage none is good until the next key frame, and what has no time or goes
-    back in it is left out (without ``timed`` the n-th is shown at n / ``rate``)."""
-    index, last, good, gap = 0, -1.0, True, False
-    for picture in _decoded(container, stream, damage):
-        if picture is None:
-            good, gap = False, True
-            continue
-        if picture.is_corrupt or (not good and picture.key_frame):
-            good = not picture.is_corrupt
-        if timed and picture.pts is not None and picture.time_base is not None:
-            origin = picture.pts if origin is None else origin
-            seconds = float((picture.pts - origin) * picture.time_base)
-        else:
-            seconds = index / rate if rate else last
-        index += 1
-        if not good and not gap:
-            damage.append(f"frame at {seconds:.2f} s is damaged")
-            gap = True
-        if seconds > last:
-            yield _Shot(seconds, picture, good, gap)
-            last, gap = seconds, not good
-
-
-def _decoded(container: InputContainer, stream: VideoStream, damage: list[str]) -> Iterator[VideoFrame | None]:
-    """Every picture that can be decoded, and None where something could not."""
-    from av.error import FFmpegError
-
-    count, packets = 0, container.demux(stream)
-    while True:
-        try:
-            packet = next(packets, None)
-            if packet is None:
-                return
-            pictures = packet.decode()
-        except FFmpegError as error:
-            if not damage or not damage[-1].startswith("the stream"):
-                damage.append(f"the stream breaks near frame {count} ({error.strerror})")
-            yield None
-            continue
-        for picture in pictures:
-            count += 1
-            yield picture  # type: ignore[misc]  # a video stream yields video frames
-
-
-def _select(
-    shots: Iterator[_Shot], request: Request, about: About, damage: list[str], *, whole: bool
-) -> Film | Refusal:
+def _select(shots: Iterator[Shot], request: Request, about: About, damage: list[str], *, whole: bool) -> Film | Refusal:
     """The shot nearest to each step, brought onto the grids; ``whole``: they begin with the first of the film."""
     start = request.start(about.rate)
     grids = request.grids(start)
@@ -286,7 +200,7 @@ def _select(
     steps = iter(range(min(r.start for r in ranges), max(r.stop for r in ranges)))
     film: Film | None = None
     camera: _Camera | None = None
-    before: _Shot | None = None
+    before: Shot | None = None
     count, step = 0, next(steps, None)
     for shot in shots:
         count += 1
@@ -325,7 +239,7 @@ class _Camera:
         self._graphs: dict[tuple[Any, ...], Any] = {}
         self._done: tuple[float, dict[Grid, np.ndarray]] = (-1.0, {})
 
-    def take(self, film: Film, step: int, shot: _Shot) -> None:
+    def take(self, film: Film, step: int, shot: Shot) -> None:
         if self._done[0] != shot.seconds:
             self._done = (shot.seconds, {})
         for grid, ranges in self.grids.items():

@@ -266,10 +266,10 @@ class Forecaster:
 
 
 def _single(path: Path) -> Footage:
-    first, *more = find_videos(path).videos
-    if more:
-        raise SourceError(f"{path} holds {1 + len(more)} videos", remedy="give one of them")
-    return first
+    found = find_videos(path)
+    if len(found.videos) != 1:
+        raise SourceError(f"{path} holds {len(found.videos)} videos", remedy="give one of them")
+    return next(iter(found.videos))
 
 
 def _too_short(footage: Footage, film: Film, found: int, needed: int, step: float, key: str) -> VideoError:
@@ -292,7 +292,7 @@ def _too_short(footage: Footage, film: Film, found: int, needed: int, step: floa
 
 
 def _check(out: Rollout, key: str) -> None:
-    bad = [k + 1 for k, frame in enumerate(out.frames[0]) if not bool(torch.isfinite(frame).all())]
+    bad = [k + 1 for k in range(out.frames.shape[1]) if not bool(torch.isfinite(out.frames[:, k]).all())]
     if bad:
         raise NonFiniteError(
             f"{key} predicted colours that are no numbers from step {bad[0]} on",

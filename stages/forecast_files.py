@@ -163,7 +163,7 @@ def _mean(values: list[float]) -> float:
 def summary(forecast: Forecast) -> str:
     """One line of figures, for the terminal."""
     if not len(forecast.truth):
-        return f"{len(forecast.frames)} steps predicted; the video ends before them, so there is nothing to compare"
+        return f"{len(forecast.frames)} steps predicted; the video does not show them, so there is nothing to compare"
     scores = _scores({name: [_mean(values)] for name, values in forecast.errors.items()}, 0)
     parts = []
     for name in forecast.errors:
@@ -217,7 +217,7 @@ def _film(forecast: Forecast) -> list[Picture]:
         if k < len(truth):
             columns += [(truth[k], f"video, {label}"), (error_picture(picture, truth[k]), _error_label(forecast, k))]
         elif truth:
-            columns += [(blank, "the video has ended"), (blank, "error")]
+            columns += [(blank, "not in the video"), (blank, "error")]
         film.append(_sheet(columns))
     return film
 
@@ -239,7 +239,7 @@ def _strip(forecast: Forecast) -> Picture:
     cells += [(_boxed(forecast, k, predicted[k]), f"predicted, {_time(forecast, k + 1)}") for k in moments]
     if truth:
         cells += [
-            (truth[k], f"video, {_time(forecast, k + 1)}") if k < len(truth) else (blank, "the video has ended")
+            (truth[k], f"video, {_time(forecast, k + 1)}") if k < len(truth) else (blank, "not in the video")
             for k in moments
         ]
         cells += [

@@ -32,7 +32,7 @@ from pipeline.params import load_params
 from pipeline.progress import progress
 from pipeline.stage import ARTIFACTS
 from stages.application import OUT, positive
-from stages.forecast import Forecast, Forecaster, Start, start_at
+from stages.forecast import BASELINES, Forecast, Forecaster, Start, start_at
 from stages.forecast_files import FILES, summary, writable
 from stages.trained import load_vaes
 
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 tick(1, footage.name)
     except (ClevrcastError, PipelineError, OSError) as error:
         return _failed(error)
-    if failed:
+    if failed and len(folders) > 1:
         print(f"{failed} of {len(folders)} forecasts could not be made", file=sys.stderr)
     return 1 if failed else 0
 
@@ -100,7 +100,7 @@ def choose() -> tuple[str, str]:
     Raises:
         WeightsError: none is trained, or several are and nothing says which is best.
     """
-    learned = [key for key in trained() if find(read_meta(ARTIFACTS / "train" / key).name)[1].needs]
+    learned = [key for key in trained() if read_meta(ARTIFACTS / "train" / key).name not in BASELINES]
     if not learned:
         raise WeightsError(f"no predictor is trained in {(ARTIFACTS / 'train').resolve()}", remedy=_TRAIN)
     skills = _skills()
