@@ -48,6 +48,7 @@ def workspace(root: Path, tmp_path_factory: pytest.TempPathFactory, vaes: Vaes) 
     folder = tmp_path_factory.mktemp("workspace")
     params = YAML().load(root / "params.yaml")
     params["decode"]["resolution"] = [HEIGHT, WIDTH]
+    params["evaluate"]["protocol"] = "test"
     params["flow"]["resolution"] = [160, 240]
     params["flow"]["gate"]["radius"] = 8
     YAML().dump(params, folder / "params.yaml")
