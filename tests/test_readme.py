@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from pipeline.cli import COLUMNS, parser
+from pipeline.cli import COLUMNS, PROGRAMS, parser
 
 
 def test_the_table_is_that_of_the_committed_run(root: Path) -> None:
