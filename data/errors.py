@@ -10,6 +10,7 @@
     ├── WeightsError         weights are absent, of the wrong shape or of the wrong digest
     ├── NonFiniteError       a loss, prediction or metric is NaN or infinite
     ├── EmptyError           an evaluation, training set or split has nothing in it
+    ├── PageSizeError        a report page would be larger than people can send and open
     ├── CompilerError        code is to be compiled and this machine has no compiler
     ├── DownloadError        a server cannot be reached, refuses, or does not send what it promised
     └── ArchiveError         an archive is damaged, or holds what no honest archive holds
@@ -67,6 +68,10 @@ class NonFiniteError(ClevrcastError):
 
 class EmptyError(ClevrcastError):
     """An evaluation, training set or split has nothing in it."""
+
+
+class PageSizeError(ClevrcastError):
+    """A report page would be larger than people can send and open."""
 
 
 class CompilerError(ClevrcastError):
