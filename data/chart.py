@@ -18,8 +18,10 @@ from typing import Any, Literal
 
 import altair as alt
 
-WIDTH, HEIGHT = 480, 300
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 40
+WIDTH, HEIGHT = 480, 304
+LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 44
+CEILING_ROOM = 0.25
+"""How far a ceiling may stretch the axis, as a share of what all other curves take."""
 Kind = Literal["baseline", "predictor", "ceiling"]
 _DASHES = {"baseline": [6, 4], "predictor": [1, 0], "ceiling": [1.5, 4]}
 _QUIET, _GRID = "var(--quiet)", "var(--rule)"
@@ -58,6 +60,20 @@ class Chart:
     def steps(self) -> int:
         return max((len(c.values) for c in self.curves), default=0)
 
+    @property
+    def beyond(self) -> tuple[str, ...]:
+        """Ceilings so far from all else that they are not drawn: the rest would be flattened (they stand in the
+        table)."""
+        inside = _numbers([c for c in self.curves if c.kind != "ceiling"])
+        if not inside or self.limits is not None:
+            return ()
+        low, high = min(inside), max(inside)
+        if self.floor is not None:
+            low = max(low, min(self.floor, high))
+        room = (high - low) * CEILING_ROOM
+        ceilings = [(c.name, _numbers([c])) for c in self.curves if c.kind == "ceiling"]
+        return tuple(name for name, all_ in ceilings if all_ and (min(all_) < low - room or max(all_) > high + room))
+
     def across(self, step: int) -> float:
         """Where a step lies, as a fraction of the drawing's width."""
         span = WIDTH - LEFT - RIGHT
@@ -71,7 +87,7 @@ def draw_chart(chart: Chart, colours: Mapping[str, int]) -> str:
     ``curveJ_dot_marks``. Raises `ValueError` where curves differ in length or hold no number at all.
     """
     lengths = sorted({len(part) for c in chart.curves for part in (c.values, c.low, c.high) if part})
-    numbers = [v for c in chart.curves for part in (c.values, c.low, c.high) for v in part if v is not None]
+    numbers = _numbers([curve for curve in chart.curves if curve.name not in chart.beyond])
     if len(lengths) != 1 or not numbers:
         raise ValueError(f"chart {chart.title!r} needs curves of one length with a value: lengths {lengths}")
     x, y = _axes(chart, numbers)
@@ -84,6 +100,8 @@ def draw_chart(chart: Chart, colours: Mapping[str, int]) -> str:
         )
         layers.append(rule.encode(x=x))
     for j, curve in enumerate(chart.curves):
+        if curve.name in chart.beyond:
+            continue
         layers += _curve(f"curve{j}", curve, f"var(--c{colours[curve.name]})", x, y)
     whole = alt.layer(*layers).properties(
         width=WIDTH - LEFT - RIGHT,
@@ -99,6 +117,10 @@ def draw_chart(chart: Chart, colours: Mapping[str, int]) -> str:
     text = io.StringIO()
     whole.save(text, format="svg")
     return _embedded(text.getvalue())
+
+
+def _numbers(curves: Sequence[Curve]) -> list[float]:
+    return [v for c in curves for part in (c.values, c.low, c.high) for v in part if v is not None]
 
 
 def _layer(name: str, values: list[dict[str, Any]]) -> alt.Chart:
@@ -121,7 +143,7 @@ def _axes(chart: Chart, numbers: Sequence[float]) -> tuple[alt.X, alt.Y]:
     x = alt.X(
         "k:Q",
         scale=alt.Scale(domain=ends, nice=False, zero=False),
-        axis=alt.Axis(title="predicted step", values=ticks, format="d", grid=False, labelFlush=False),
+        axis=alt.Axis(title="predicted step", titlePadding=8, values=ticks, format="d", grid=False, labelFlush=False),
     )
     # Clamped: what lies below the floor runs along it.
     scale = alt.Scale(domain=[low, high], nice=True, zero=False, clamp=True)

@@ -65,7 +65,7 @@ for (const film of document.querySelectorAll(".film")) {
 const charts = [...document.querySelectorAll("figure.chart")].map((figure) => {
   const [plot, slider, output, list] = [".plot", "input", ".read output", ".readout"].map((s) => figure.querySelector(s));
   const curves = [...figure.querySelectorAll("tbody tr")].map((row, place) => ({
-    name: row.querySelector("th").textContent.trim(), colour: row.className,
+    name: row.querySelector("th").textContent.trim(), swatch: row.querySelector(".swatch"),
     values: [...row.querySelectorAll("td")].map((cell) => cell.textContent), place, shown: true,
   }));
   const [left, right, steps] = [Number(figure.dataset.left), Number(figure.dataset.right), Number(slider.max)];
@@ -77,9 +77,8 @@ const charts = [...document.querySelectorAll("figure.chart")].map((figure) => {
     cursor.style.display = "block";
     cursor.style.left = `${100 * (steps === 1 ? left : left + ((right - left) * (at - 1)) / (steps - 1))}%`;
     list.replaceChildren(...curves.map((curve) => {
-      const [entry, name, value, line] = ["li", "span", "b", "span"].map((tag) => document.createElement(tag));
-      line.className = `swatch ${curve.colour}`;
-      name.append(line, curve.name);
+      const [entry, name, value] = ["li", "span", "b"].map((tag) => document.createElement(tag));
+      name.append(curve.swatch.cloneNode(), curve.name);
       value.textContent = curve.values[at - 1];
       entry.append(name, value);
       entry.classList.toggle("hidden", !curve.shown);

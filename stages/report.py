@@ -16,9 +16,9 @@ from data.manifest import read_manifest, write_json
 from data.page import build_page
 from data.page_content import PageContent, Provenance, Quarantined, Row, Timing
 from models.autoencoder import LatentVAE, load_vae
-from models.comparison import Comparison, compare, verdict
+from models.comparison import Comparison, compare
 from models.evaluation import Evaluation, evaluate_reconstruction
-from models.metrics import METRICS, Score
+from models.metrics import METRICS, Estimate, Score
 from models.results import read_results
 from pipeline.progress import progress
 from pipeline.stage import ARTIFACTS, Job, read_runs, run_stage
@@ -26,7 +26,7 @@ from stages.evaluate import Windows, perceptual_of
 from stages.gallery import flow_gallery, reconstruction_gallery
 from stages.tables import ablations, adaptation, by_step, columns, every_metric, interval, lead, title
 from stages.teacher_accuracy import measure_teacher
-from stages.windows_shown import extremes, films, films_note, shared, studies
+from stages.windows_shown import extremes, films, films_note, shared, studies, together
 
 BASELINES = ("copy_last", "advect")
 REFERENCE = "advect"
@@ -70,6 +70,7 @@ def run(job: Job) -> None:
     comparison = compare(everyone, baseline=REFERENCE, others=learned, seed=job.params.evaluate.seed)
     teacher, teacher_figures = measure_teacher(job, windows.source.videos)
     steps, shown = headline_steps(windows.horizon), shared(results)
+    own = extremes(results, comparison.best, windows)
     content = PageContent(
         title=f"clevrcast: {job.params.evaluate.protocol}",
         summary=summary(comparison),
@@ -85,7 +86,7 @@ def run(job: Job) -> None:
             every_metric(comparison.scores),
         ),
         charts=_charts(comparison.scores),
-        clips=films((*shown[: job.params.report.examples], *extremes(results, comparison.best, windows)), windows.fps),
+        clips=films(together(shown[: job.params.report.examples], own), windows.fps),
         films_note=films_note(comparison.best),
         studies=studies(shown, {name: kind_of(name) for name in names}),
         teachers=(teacher,) if teacher is not None else (),
@@ -120,8 +121,8 @@ def summary(comparison: Comparison) -> str:
     bounds = f" (95 % interval {_percent(skill.low)} to {_percent(skill.high)})" if math.isfinite(skill.low) else ""
     text = (
         f"The best predictor is {best}: over the horizon it removes {_percent(skill.value)} of the squared error of "
-        f"copying the last frame{bounds}; advecting the last observed flow removes {_percent(base.value)}. "
-        f"{verdict(best, REFERENCE, comparison.advantage[best])}"
+        f"copying the last frame{bounds}; {REFERENCE}, which learns nothing, removes {_percent(base.value)}. "
+        f"{_against_reference(comparison.lead[REFERENCE].overall)}"
     )
     behind = {name: d.overall for name, d in comparison.lead.items() if name not in BASELINES}
     if not behind:
@@ -131,6 +132,17 @@ def summary(comparison: Comparison) -> str:
         return f"{text} Its lead over every other learned predictor is larger than chance."
     rest = ", ".join(name for name in behind if name not in beaten)
     return f"{text} On these videos it cannot be told from {rest} over the whole horizon."
+
+
+def _against_reference(gained: Estimate) -> str:
+    if math.isnan(gained.low):
+        return "One video gives no interval, so the difference may be chance."
+    bounds = f"{gained.value:+.3f} [{gained.low:+.3f}, {gained.high:+.3f}]"
+    if gained.low > 0:
+        return f"The difference in skill, {bounds}, is larger than chance."
+    if gained.high < 0:
+        return f"It falls behind {REFERENCE}: the difference in skill is {bounds}."
+    return f"The difference in skill, {bounds}, may be chance."
 
 
 def _percent(value: float) -> str:

@@ -26,6 +26,11 @@ DETAILS = frozenset(
 )  # fmt: skip
 """Metrics that have no column of their own in the headline table, or one that the page makes itself (skill)."""
 TITLES = {
+    "mse": "MSE", "psnr_frame": "PSNR, mean over frames", "skill": "Skill", "fg_mse": "Foreground MSE",
+    "fg_skill": "Foreground skill", "epe": "End-point error", "epe_moving": "End-point error, moving",
+    "epe_background": "End-point error, background", "epe_visible": "End-point error, visible",
+    "nonvisible_f1": "Non-visible F1", "nonvisible_precision": "Non-visible precision",
+    "nonvisible_recall": "Non-visible recall",
     "psnr": "PSNR", "ssim": "SSIM", "fg_psnr": "Foreground PSNR", "lpips": "LPIPS", "box_iou": "Box IoU",
     "collision_ap": "Collision AP", "collision_base_rate": "AP by chance", "fvd": "FVD", "jedi": "JEDi",
 }  # fmt: skip
@@ -43,8 +48,8 @@ def columns() -> tuple[Column, ...]:
 
 
 def title(name: str) -> str:
-    """A metric for people, with its unit: "PSNR dB", "collision f1 2"."""
-    return f"{TITLES.get(name, name.replace('_', ' '))} {METRICS[name].unit}".strip()
+    """A metric for people, with its unit: "PSNR dB", "Box recall"."""
+    return f"{TITLES.get(name, name.replace('_', ' ').capitalize())} {METRICS[name].unit}".strip()
 
 
 def interval(estimate: Estimate) -> Interval:
@@ -90,7 +95,7 @@ def lead(comparison: Comparison, steps: Sequence[int]) -> tuple[Table, ...]:
     )
     return (
         Table(
-            f"{best} against the others",
+            "The best against the others",
             f"Skill of {best}, the best learned predictor, minus that of each other one on the same videos, with 95 % "
             f"intervals. {MARKED} The best of several is partly best by chance: its lead is a little too large.",
             (f"{best} minus", "over all steps", *(f"step {k}" for k in steps)),

@@ -11,6 +11,7 @@ from jaxtyping import Float, UInt8
 
 from data.chart import Chart, Curve, Kind
 from data.clips import Context
+from data.page import number
 from data.page_content import Clip, Figure, PictureTable, Study, Tile
 from data.picture import SURE_BOX, UNSURE_BOX, boxes_picture, flow_legend, flow_picture, occlusion_overlay, to_uint8
 from models.evaluation import Evaluation
@@ -76,6 +77,14 @@ def extremes(results: Sequence[Evaluation], best: str | None, windows: Windows) 
     return tuple(shown)
 
 
+def together(shown: Sequence[Shown], more: Sequence[Shown]) -> tuple[Shown, ...]:
+    """``shown``, then what of ``more`` is another window; the same window is shown once, with both its rules."""
+    rules = {window.place: window.rule for window in more}
+    first = tuple(replace(s, rule=f"{s.rule}, and {rules[s.place]}") if s.place in rules else s for s in shown)
+    places = {s.place for s in shown}
+    return first + tuple(s for s in more if s.place not in places)
+
+
 def copied(example: Example) -> Example:
     """What copy_last made of the same window."""
     return _bare(example, np.repeat(example.context[-1:], len(example.truth), axis=0), example.mse_copy)
@@ -105,7 +114,11 @@ def films(shown: Sequence[Shown], fps: float) -> tuple[Clip, ...]:
 def _film(shown: Shown, fps: float) -> Clip:
     first = shown.any
     tiles = tuple(
-        Tile(name, np.concatenate([e.context, e.prediction]), f"skill {1 - e.mse.sum() / e.mse_copy.sum():.2f}")
+        Tile(
+            name,
+            np.concatenate([e.context, e.prediction]),
+            f"skill {number(1 - float(e.mse.sum() / e.mse_copy.sum()), 2)}",
+        )
         for name, e in shown.examples.items()
     )
     truth = np.concatenate([first.context, first.truth])

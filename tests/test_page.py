@@ -394,7 +394,7 @@ def test_every_section_has_what_it_was_given() -> None:
     text = " ".join(" ".join(reader.text).split())
     for part in (
         "most motion",
-        "Video sim_00010, 2 observed and 3 predicted frames from frame 8 on",
+        "sim_00010: 2 observed and 3 predicted frames from frame 8 on",
         "skill 0.1",
         "1 item put aside; nothing stands in for it",
         "annotation is broken",
@@ -523,6 +523,20 @@ def test_chart_tells_baselines_ceiling_and_events() -> None:
     event = re.search(r'event_marks".*?translate\(([\d.]+),', svg)
     assert event is not None
     assert float(event[1]) == 422
+
+
+def test_a_ceiling_far_off_is_named_and_does_not_flatten_the_rest() -> None:
+    curves = (Curve("a", (25.0, 35.0)), Curve("top", (54.0, 54.0), kind="ceiling"))
+    chart = Chart("PSNR", "dB", "higher", curves)
+    assert chart.beyond == ("top",)
+    svg = drawn(*curves)
+    assert "curve1" not in svg
+    assert [y for _, y in dots(svg, 0)] == [250, 0]
+    near = Curve("top", (37.0, 37.0), kind="ceiling")
+    assert Chart("PSNR", "dB", "higher", (curves[0], near)).beyond == ()
+    page = build_page(content(charts=(chart,)))
+    assert "top lies beyond" in page
+    assert ["top", "54.000", "54.000"] in Reader(page).rows
 
 
 def test_same_chart_same_bytes_and_nothing_from_outside() -> None:

@@ -22,7 +22,7 @@ from models.results import write_results
 from pipeline.params import PredictorBlock
 from stages.report import headline_rows, headline_steps, report_figures, summary
 from stages.tables import ablations, by_step, changes, columns, every_metric, lead
-from stages.windows_shown import Shown, copied, extremes, films, films_note, shared, studies
+from stages.windows_shown import Shown, copied, extremes, films, films_note, shared, studies, together
 from tests.test_comparison import STEPS, evaluation
 from tests.test_page import Reader
 
@@ -111,7 +111,8 @@ def test_every_metric_is_told_for_everybody(results: list[Evaluation]) -> None:
 def test_the_summary_says_who_leads_and_by_how_much(results: list[Evaluation]) -> None:
     text = summary(compared(results))
     assert text.startswith("The best predictor is warp: over the horizon it removes 65 % of the squared error")
-    assert "warp beats advect at steps 1-4" in text
+    assert "advect, which learns nothing, removes 55 %. The difference in skill, +0." in text
+    assert "is larger than chance. Its lead" in text
     assert text.endswith("Its lead over every other learned predictor is larger than chance.")
     twin = replace(results[2], name="twin")
     text = summary(compare([*results, twin], baseline="advect", others=["warp", "blur", "twin"], seed=7))
@@ -197,6 +198,11 @@ def test_the_best_ones_extremes_stand_beside_the_baselines_and_who_kept_them(res
     assert "warp gains most and least" in films_note("warp")
     assert "gains" not in films_note(None)
     assert copied(everyone[2].examples[0]).video == 6
+
+
+def test_the_same_window_is_shown_once_with_all_its_rules() -> None:
+    a, b, c = (Shown(rule, {"warp": example(k)}) for rule, k in (("first", 1), ("best", 1), ("worst", 2)))
+    assert [(s.rule, s.place) for s in together([a], [b, c])] == [("first, and best", (1, 8)), ("worst", (2, 8))]
 
 
 def test_studies_show_who_has_the_head_and_nobody_else() -> None:
