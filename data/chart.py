@@ -147,7 +147,9 @@ def _axes(chart: Chart, numbers: Sequence[float]) -> tuple[alt.X, alt.Y]:
     )
     # Clamped: what lies below the floor runs along it.
     scale = alt.Scale(domain=[low, high], nice=True, zero=False, clamp=True)
-    return x, alt.Y("v:Q", scale=scale, axis=alt.Axis(title=None, tickCount=6, domain=False, ticks=False))
+    return x, alt.Y(
+        "v:Q", scale=scale, axis=alt.Axis(title=None, tickCount=6, domain=False, ticks=False, labelPadding=7)
+    )
 
 
 def _curve(name: str, curve: Curve, colour: str, x: alt.X, y: alt.Y) -> list[alt.Chart]:

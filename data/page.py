@@ -89,6 +89,7 @@ def _render(content: PageContent, colours: dict[str, int], quality: int) -> str:
     }  # fmt: skip
     kinds = {"interval": Interval, "difference": Difference, "steps": StepTable}
     environment.tests |= {name: partial(_is_a, kind) for name, kind in kinds.items()}
+    environment.tests["words"] = _is_words
     return environment.get_template("page.html.j2").render(
         content=content,
         colours=colours,
@@ -102,6 +103,11 @@ def _render(content: PageContent, colours: dict[str, int], quality: int) -> str:
         error_scale=ERROR_FULL_SCALE,
         error_bar=_png(error_legend(18, 160)),
     )
+
+
+def _is_words(cell: object) -> bool:
+    """Text that is no figure, and stands on the left."""
+    return isinstance(cell, str) and not cell[:1].isdigit() and cell[:1] not in (_MINUS, _ABSENT)
 
 
 def _is_a(kind: type, value: object) -> bool:
