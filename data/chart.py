@@ -1,19 +1,30 @@
-"""Line charts with interval bands as inline SVG: no library in the page, colours from its style sheet.
+"""Line charts with interval bands, drawn by Vega-Altair into still SVG: no script of a library and no network.
 
-Classes carry the look (`data/page.css`), attributes carry the numbers for the pointer (`data/page.js`), and the page
-repeats every number in a table, so nothing depends on colour, pointer or script.
+The page forbids `eval` and everything from outside, so Vega-Lite runs here, once, through vl-convert, instead of in
+every reader's browser: the same input gives the same bytes, the picture is there without scripts and on paper, and the
+page is a megabyte lighter. Colours are variables of `data/page.css`, so that one drawing serves light and dark. The
+numbers stand in a table below each chart, from which `data/page.js` reads them to pointer and keys; nothing depends on
+colour.
 """
 
 from __future__ import annotations
 
+import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
-from typing import Literal
+from typing import Any, Literal
 
-WIDTH, HEIGHT = 480, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 12, 12, 38
+import altair as alt
+
+WIDTH, HEIGHT = 480, 304
+LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 44
+CEILING_ROOM = 0.25
+"""How far a ceiling may stretch the axis, as a share of what all other curves take."""
+Kind = Literal["baseline", "predictor", "ceiling"]
+_DASHES = {"baseline": [6, 4], "predictor": [1, 0], "ceiling": [1.5, 4]}
+_QUIET, _GRID = "var(--quiet)", "var(--rule)"
 
 
 @dataclass(frozen=True)
@@ -27,108 +38,140 @@ class Curve:
     values: tuple[float | None, ...]
     low: tuple[float | None, ...] = ()
     high: tuple[float | None, ...] = ()
-    kind: Literal["baseline", "predictor", "ceiling"] = "predictor"
+    kind: Kind = "predictor"
 
 
 @dataclass(frozen=True)
 class Chart:
     """Curves over steps 1..n. ``zero`` draws a line at 0; ``floor`` cuts the picture (not the table) below a value,
-    so that one curve far off does not flatten the others."""
+    so that one curve far off does not flatten the others. ``limits`` fix the axis. ``events`` are steps at which
+    something truly happened, drawn as vertical lines."""
 
     title: str
     unit: str
-    better: Literal["higher", "lower"]
+    better: Literal["higher", "lower", "neither"]
     curves: tuple[Curve, ...]
     zero: bool = False
     floor: float | None = None
+    limits: tuple[float, float] | None = None
+    events: tuple[int, ...] = ()
 
     @property
     def steps(self) -> int:
         return max((len(c.values) for c in self.curves), default=0)
 
+    @property
+    def beyond(self) -> tuple[str, ...]:
+        """Ceilings so far from all else that they are not drawn: the rest would be flattened (they stand in the
+        table)."""
+        inside = _numbers([c for c in self.curves if c.kind != "ceiling"])
+        if not inside or self.limits is not None:
+            return ()
+        low, high = min(inside), max(inside)
+        if self.floor is not None:
+            low = max(low, min(self.floor, high))
+        room = (high - low) * CEILING_ROOM
+        ceilings = [(c.name, _numbers([c])) for c in self.curves if c.kind == "ceiling"]
+        return tuple(name for name, all_ in ceilings if all_ and (min(all_) < low - room or max(all_) > high + room))
+
+    def across(self, step: int) -> float:
+        """Where a step lies, as a fraction of the drawing's width."""
+        span = WIDTH - LEFT - RIGHT
+        return (LEFT + (span / 2 if self.steps == 1 else span * (step - 1) / (self.steps - 1))) / WIDTH
+
 
 def draw_chart(chart: Chart, colours: Mapping[str, int]) -> str:
     """The chart as one ``<svg>``. ``colours`` maps names of curves to the numbers of the style sheet's colours.
 
-    Raises `ValueError` where curves differ in length or hold no number at all.
+    The marks of the curve at place j have the classes ``curveJ_band_marks``, ``curveJ_line_marks`` and
+    ``curveJ_dot_marks``. Raises `ValueError` where curves differ in length or hold no number at all.
     """
     lengths = sorted({len(part) for c in chart.curves for part in (c.values, c.low, c.high) if part})
-    numbers = [v for c in chart.curves for part in (c.values, c.low, c.high) for v in part if v is not None]
+    numbers = _numbers([curve for curve in chart.curves if curve.name not in chart.beyond])
     if len(lengths) != 1 or not numbers:
         raise ValueError(f"chart {chart.title!r} needs curves of one length with a value: lengths {lengths}")
-    ticks = nice_ticks(*_range(chart, numbers))
-    low, high, steps = ticks[0], ticks[-1], chart.steps
-
-    def x(step: int) -> float:
-        span = WIDTH - _LEFT - _RIGHT
-        return _LEFT + (span / 2 if steps == 1 else span * (step - 1) / (steps - 1))
-
-    def y(value: float) -> float:
-        shown = min(max(value, low), high)
-        return _TOP + (HEIGHT - _TOP - _BOTTOM) * (high - shown) / (high - low)
-
-    parts = [
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" data-left="{_LEFT}" '
-        f'data-right="{WIDTH - _RIGHT}" data-steps="{steps}" aria-label="{escape(_spoken(chart))}">'
-    ]
-    for tick in ticks:
-        kind = "zero" if chart.zero and tick == 0 else "grid"
-        parts.append(f'<line class="{kind}" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
-        parts.append(f'<text class="tick" x="{_LEFT - 7}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>')
-    every = max(1, math.ceil(steps / 12))
-    for step in range(1, steps + 1):
-        if step == 1 or step % every == 0:
-            at = f'x="{x(step):.1f}" y="{HEIGHT - _BOTTOM + 16}"'
-            parts.append(f'<text class="tick" {at} text-anchor="middle">{step}</text>')
-    middle = (_LEFT + WIDTH - _RIGHT) / 2
-    parts.append(f'<text class="axis" x="{middle:.0f}" y="{HEIGHT - 4}" text-anchor="middle">predicted step</text>')
-    for curve in chart.curves:
-        points = [(x(k), None if v is None else y(v)) for k, v in enumerate(curve.values, start=1)]
-        values = ",".join("" if v is None else f"{v:.4g}" for v in curve.values)
-        parts.append(
-            f'<g class="curve {curve.kind} c{colours[curve.name]}" data-name="{escape(curve.name)}" '
-            f'data-values="{values}"><title>{escape(curve.name)}: {values.replace(",", ", ")}</title>'
+    x, y = _axes(chart, numbers)
+    layers: list[Any] = []
+    if chart.zero:
+        layers.append(_layer("zero", [{"v": 0}]).mark_rule(aria=False, color=_QUIET, strokeWidth=1.4).encode(y=y))
+    if chart.events:
+        rule = _layer("event", [{"k": k} for k in chart.events]).mark_rule(
+            aria=False, color="var(--ink)", strokeWidth=2
         )
-        if curve.low and curve.high:
-            bounds = zip(curve.low, curve.high, strict=True)
-            band = [(x(k), y(a), y(b)) for k, (a, b) in enumerate(bounds, 1) if a is not None and b is not None]
-            outline = [(px, a) for px, a, _ in band] + [(px, b) for px, _, b in reversed(band)]
-            parts.append('<polygon class="band" points="{}"/>'.format(" ".join(f"{a:.1f},{b:.1f}" for a, b in outline)))
-        parts += [f'<polyline class="line" points="{run}"/>' for run in _runs(points)]
-        parts += [f'<circle class="dot" cx="{a:.1f}" cy="{b:.1f}" r="2.6"/>' for a, b in points if b is not None]
-        parts.append("</g>")
-    parts.append(f'<line class="cursor" x1="0" x2="0" y1="{_TOP}" y2="{HEIGHT - _BOTTOM}"/></svg>')
-    return "".join(parts)
+        layers.append(rule.encode(x=x))
+    for j, curve in enumerate(chart.curves):
+        if curve.name in chart.beyond:
+            continue
+        layers += _curve(f"curve{j}", curve, f"var(--c{colours[curve.name]})", x, y)
+    whole = alt.layer(*layers).properties(
+        width=WIDTH - LEFT - RIGHT,
+        height=HEIGHT - TOP - BOTTOM,
+        autosize=alt.AutoSizeParams(type="none"),
+        padding={"left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM},
+        background="transparent",
+    )
+    whole = whole.configure_view(stroke=None).configure_axis(
+        labelColor=_QUIET, titleColor=_QUIET, gridColor=_GRID, domainColor=_GRID, tickColor=_GRID,
+        labelFontSize=12, titleFontSize=12, titleFontWeight="normal",
+    )  # fmt: skip
+    text = io.StringIO()
+    whole.save(text, format="svg")
+    return _embedded(text.getvalue())
 
 
-def nice_ticks(low: float, high: float) -> list[float]:
-    """Four to eight round numbers (1, 2 or 5 times a power of ten apart) that enclose [low, high]."""
-    span = max(high - low, 1e-6 * max(abs(low), abs(high), 1.0))
-    step = 10 ** math.floor(math.log10(span / 4))
-    step *= next(m for m in (1, 2, 5, 10) if span / (m * step) <= 6)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    if first == last:
-        last += 1
-    return [float(f"{k * step:.10g}") for k in range(first, last + 1)]
+def _numbers(curves: Sequence[Curve]) -> list[float]:
+    return [v for c in curves for part in (c.values, c.low, c.high) for v in part if v is not None]
 
 
-def _range(chart: Chart, numbers: Sequence[float]) -> tuple[float, float]:
+def _layer(name: str, values: list[dict[str, Any]]) -> alt.Chart:
+    return alt.Chart(alt.Data(values=values), name=name)
+
+
+def _axes(chart: Chart, numbers: Sequence[float]) -> tuple[alt.X, alt.Y]:
     low, high = min(numbers), max(numbers)
     if chart.zero:
         low, high = min(low, 0.0), max(high, 0.0)
-    return (low if chart.floor is None else max(low, min(chart.floor, high))), high
+    if chart.floor is not None:
+        low = max(low, min(chart.floor, high))
+    if chart.limits is not None:
+        low, high = chart.limits
+    if high - low < 1e-6 * max(abs(low), abs(high), 1.0):
+        low, high = low - 0.5, high + 0.5
+    every = max(1, math.ceil(chart.steps / 12))
+    ticks = [k for k in range(1, chart.steps + 1) if k == 1 or k % every == 0]
+    ends = [1, chart.steps] if chart.steps > 1 else [0.5, 1.5]
+    x = alt.X(
+        "k:Q",
+        scale=alt.Scale(domain=ends, nice=False, zero=False),
+        axis=alt.Axis(title="predicted step", titlePadding=8, values=ticks, format="d", grid=False, labelFlush=False),
+    )
+    # Clamped: what lies below the floor runs along it.
+    scale = alt.Scale(domain=[low, high], nice=True, zero=False, clamp=True)
+    return x, alt.Y(
+        "v:Q", scale=scale, axis=alt.Axis(title=None, tickCount=6, domain=False, ticks=False, labelPadding=7)
+    )
 
 
-def _runs(points: Sequence[tuple[float, float | None]]) -> list[str]:
-    """Polylines between gaps."""
-    runs: list[list[str]] = [[]]
-    for a, b in points:
-        if b is None:
-            runs.append([])
-        else:
-            runs[-1].append(f"{a:.1f},{b:.1f}")
-    return [" ".join(run) for run in runs if len(run) > 1]
+def _curve(name: str, curve: Curve, colour: str, x: alt.X, y: alt.Y) -> list[alt.Chart]:
+    points = [{"k": k, "v": v} for k, v in enumerate(curve.values, start=1)]
+    paint, layers = alt.value(colour), []
+    if curve.low and curve.high:
+        bounds = enumerate(zip(curve.low, curve.high, strict=True), start=1)
+        # A step without a number stays in the data, so that band and line break there and do not bridge it.
+        band = [{"k": k, "v": a, "high": b} for k, (a, b) in bounds]
+        area = _layer(f"{name}_band", band).mark_area(aria=False, opacity=0.13)
+        layers.append(area.encode(x=x, y=y, y2="high:Q", fill=paint))
+    stroke = alt.StrokeCap("round") if curve.kind == "ceiling" else alt.StrokeCap("butt")
+    line = _layer(f"{name}_line", points).mark_line(
+        aria=False, strokeDash=_DASHES[curve.kind], strokeCap=stroke, strokeWidth=2
+    )
+    dots = _layer(f"{name}_dot", [p for p in points if p["v"] is not None]).mark_circle(aria=False, size=22, opacity=1)
+    return [*layers, line.encode(x=x, y=y, stroke=paint), dots.encode(x=x, y=y, fill=paint)]
 
 
-def _spoken(chart: Chart) -> str:
-    return f"{chart.title}, {chart.better} is better, steps 1 to {chart.steps}; all values stand in the table below"
+def _embedded(svg: str) -> str:
+    """Without what only a file of its own needs, and hidden from screen readers, who are given the table. Coordinates
+    are rounded to hundredths: the last bits are no business of the page."""
+    svg = re.sub(r"\d+\.\d{3,}", lambda found: f"{float(found[0]):.2f}".rstrip("0").rstrip("."), svg)
+    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)
+    return svg.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)

@@ -11,6 +11,7 @@
     ├── NonFiniteError       a loss, prediction or metric is NaN or infinite
     ├── EmptyError           an evaluation, training set or split has nothing in it
     ├── MachineError         this machine ended a process at work: it is out of memory, or stops the job
+    ├── PageSizeError        a report page would be larger than people can send and open
     ├── CompilerError        code is to be compiled and this machine has no compiler
     ├── DownloadError        a server cannot be reached, refuses, or does not send what it promised
     └── ArchiveError         an archive is damaged, or holds what no honest archive holds
@@ -72,6 +73,10 @@ class EmptyError(ClevrcastError):
 
 class MachineError(ClevrcastError):
     """This machine ended a process at work: it is out of memory, or stops the job."""
+
+
+class PageSizeError(ClevrcastError):
+    """A report page would be larger than people can send and open."""
 
 
 class CompilerError(ClevrcastError):

@@ -61,39 +61,70 @@ for (const film of document.querySelectorAll(".film")) {
   }
 }
 
-// Charts: names hide and show curves everywhere; the pointer reads one step.
+// Charts: the numbers are those of the table below; pointer and slider read one step in all charts of a group.
+const charts = [...document.querySelectorAll("figure.chart")].map((figure) => {
+  const [plot, slider, output, list] = [".plot", "input", ".read output", ".readout"].map((s) => figure.querySelector(s));
+  const curves = [...figure.querySelectorAll("tbody tr")].map((row, place) => ({
+    name: row.querySelector("th").textContent.trim(), swatch: row.querySelector(".swatch"),
+    values: [...row.querySelectorAll("td")].map((cell) => cell.textContent), place, shown: true,
+  }));
+  const [left, right, steps] = [Number(figure.dataset.left), Number(figure.dataset.right), Number(slider.max)];
+  const cursor = figure.querySelector(".cursor");
+  const show = (step) => {
+    const at = Math.min(steps, Math.max(1, step));
+    slider.value = at;
+    output.textContent = at;
+    cursor.style.display = "block";
+    cursor.style.left = `${100 * (steps === 1 ? left : left + ((right - left) * (at - 1)) / (steps - 1))}%`;
+    list.replaceChildren(...curves.map((curve) => {
+      const [entry, name, value] = ["li", "span", "b"].map((tag) => document.createElement(tag));
+      name.append(curve.swatch.cloneNode(), curve.name);
+      value.textContent = curve.values[at - 1];
+      entry.append(name, value);
+      entry.classList.toggle("hidden", !curve.shown);
+      return entry;
+    }));
+    const spoken = curves.filter((curve) => curve.shown).map((curve) => `${curve.name} ${curve.values[at - 1]}`);
+    slider.setAttribute("aria-valuetext", `step ${at}: ${spoken.join(", ")}`);
+  };
+  const stepAt = (event) => {
+    const box = plot.getBoundingClientRect();
+    const across = (event.clientX - box.left) / box.width;
+    return 1 + (right > left ? Math.round(((across - left) / (right - left)) * (steps - 1)) : 0);
+  };
+  const toggle = (name, shown) => {
+    for (const curve of curves.filter((c) => c.name === name)) {
+      curve.shown = shown;
+      for (const mark of plot.querySelectorAll(`[class*="curve${curve.place}_"]`)) mark.classList.toggle("hidden", !shown);
+    }
+    show(Number(slider.value));
+  };
+  return { group: figure.parentElement, plot, slider, show, stepAt, toggle };
+});
+for (const chart of charts) {
+  const together = charts.filter((other) => other.group === chart.group);
+  const read = (step) => { for (const other of together) other.show(step); };
+  chart.slider.addEventListener("input", () => read(Number(chart.slider.value)));
+  for (const name of ["pointermove", "pointerdown"]) chart.plot.addEventListener(name, (e) => read(chart.stepAt(e)));
+  chart.show(Number(chart.slider.value));
+}
 for (const button of document.querySelectorAll("[data-curve]")) {
   button.addEventListener("click", () => {
     const shown = button.getAttribute("aria-pressed") !== "true";
     button.setAttribute("aria-pressed", String(shown));
-    for (const curve of document.querySelectorAll(".curve")) {
-      if (curve.dataset.name === button.dataset.curve) curve.classList.toggle("hidden", !shown);
-    }
+    for (const chart of charts) chart.toggle(button.dataset.curve, shown);
   });
 }
-for (const chart of document.querySelectorAll("svg.chart")) {
-  const readout = chart.parentElement.querySelector(".readout");
-  const cursor = chart.querySelector(".cursor");
-  const [left, right, steps] = ["left", "right", "steps"].map((name) => Number(chart.dataset[name]));
-  chart.addEventListener("pointermove", (event) => {
-    const at = new DOMPoint(event.clientX, event.clientY).matrixTransform(chart.getScreenCTM().inverse()).x;
-    const step = Math.min(steps, Math.max(1, 1 + Math.round(((at - left) / (right - left)) * (steps - 1))));
-    const x = steps === 1 ? (left + right) / 2 : left + ((right - left) * (step - 1)) / (steps - 1);
-    cursor.setAttribute("x1", x);
-    cursor.setAttribute("x2", x);
-    cursor.style.visibility = "visible";
-    const lines = [...chart.querySelectorAll(".curve:not(.hidden)")].map((curve) => {
-      const entry = document.createElement("span");
-      const value = document.createElement("b");
-      value.className = [...curve.classList].find((name) => /^c\d$/.test(name));
-      value.textContent = curve.dataset.values.split(",")[step - 1] || "–";
-      entry.append(`${curve.dataset.name} `, value, "  ");
-      return entry;
-    });
-    readout.replaceChildren(`step ${step}:  `, ...lines);
-  });
-  chart.addEventListener("pointerleave", () => {
-    cursor.style.visibility = "hidden";
-    readout.replaceChildren();
-  });
-}
+
+// Contents: the link of the section in sight is marked, and kept in sight itself.
+const links = new Map([...document.querySelectorAll("nav a")].map((link) => [link.hash.slice(1), link]));
+const bar = document.querySelector("nav ul");
+const inSight = new IntersectionObserver((entries) => {
+  for (const entry of entries.filter((e) => e.isIntersecting)) {
+    for (const link of links.values()) link.removeAttribute("aria-current");
+    const link = links.get(entry.target.id);
+    link.setAttribute("aria-current", "true");
+    bar.scrollTo({ left: link.offsetLeft - bar.clientWidth / 2 + link.clientWidth / 2 });
+  }
+}, { rootMargin: "-20% 0px -75% 0px" });
+for (const id of links.keys()) inSight.observe(document.getElementById(id));

@@ -1,7 +1,6 @@
 """The report page: plain records in, one HTML file out that opens offline and asks for nothing from outside.
 
-Knows no model and no stage. `PageContent` is a tree of frozen records; whatever is None or empty is left out or said
-to be absent, never shown as zero. All text is escaped. The same content gives the same bytes.
+`data/page_content.py` says what may stand on it. All text is escaped. The same content gives the same bytes.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import base64
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -18,197 +18,60 @@ from jaxtyping import UInt8
 from markupsafe import Markup
 
 from data.chart import Chart, draw_chart
+from data.errors import PageSizeError
+from data.page_content import Clip, Column, Difference, Interval, PageContent, Row, StepTable, Table
 from data.picture import ERROR_FULL_SCALE, encode_png, encode_video, error_legend, error_picture
 
-Film = UInt8[np.ndarray, "t h w 3"]
-
+LIMIT_BYTES = 25_000_000
+QUALITIES = (18, 24, 30, 36)
+"""Of the films (H.264's CRF, lower is better): the first with which the page stays below its limit."""
 _ATLAS_COLUMNS = 4
 _BLOCK_PX = 16
 _COLOURS = 13
-_EXTRA = (
-    ("LPIPS\N{NO-BREAK SPACE}\N{DOWNWARDS ARROW}", "lpips", 4),
-    ("Box IoU\N{NO-BREAK SPACE}\N{UPWARDS ARROW}", "box_iou", 3),
-    ("Collision AP\N{NO-BREAK SPACE}\N{UPWARDS ARROW}", "collision_ap", 3),
-    ("AP by chance", "collision_base_rate", 3),
-)
-"""(Title, field of `Row`, digits) of the columns that are only there where something was measured."""
 _ABSENT, _MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
+_ARROWS = {
+    "higher": "\N{NO-BREAK SPACE}\N{UPWARDS ARROW}",
+    "lower": "\N{NO-BREAK SPACE}\N{DOWNWARDS ARROW}",
+    "neither": "",
+}
+_PUBLISHED = (
+    Column("psnr", "PSNR", "higher", 2),
+    Column("ssim", "SSIM", "higher"),
+    Column("lpips", "LPIPS", "lower", 4),
+    Column("fvd", "FVD", "lower", 1),
+    Column("jedi", "JEDi", "lower", 2),
+)
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A value with its 95 % interval; NaN bounds where there is none."""
+def build_page(content: PageContent, *, limit_bytes: int = LIMIT_BYTES) -> str:
+    """The page as one string of at most ``limit_bytes``.
 
-    value: float
-    low: float = math.nan
-    high: float = math.nan
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the headline table. None or NaN: not measured. ``kind`` ``ceiling`` is the VAE's reconstruction.
-
-    ``skill_at`` follows `PageContent.skill_steps`. ``advantage`` is the paired difference of skill to the row
-    `PageContent.baseline`. Rows are shown in the order given: copy_last first, advect second, the ceiling last.
-    LPIPS, boxes and collisions have columns only where some row has a value.
+    Films are compressed harder, and the page says so, where it would be larger; `PageSizeError` is raised where that
+    is not enough. Raises `ValueError` where a row's ``skill_at`` does not match ``skill_steps``, names of rows repeat,
+    rows of a table differ in length, or the films of a clip differ in shape.
     """
-
-    name: str
-    kind: Literal["baseline", "predictor", "ceiling"]
-    skill: Interval
-    skill_at: tuple[float | None, ...]
-    psnr: float | None = None
-    ssim: float | None = None
-    fg_psnr: float | None = None
-    lpips: float | None = None
-    box_iou: float | None = None
-    collision_ap: float | None = None
-    collision_base_rate: float | None = None
-    advantage: Interval | None = None
-    parameters: int | None = None
-    frames_per_second: float | None = None
-    seconds_trained: float | None = None
-
-
-@dataclass(frozen=True)
-class StepTable:
-    """One metric at every step of the horizon, with intervals, a row for each predictor.
-
-    ``note`` stands above it; ``signed`` writes a plus before what is above zero and marks the cells whose interval
-    excludes zero, for differences. ``remarks`` are sentences below it. All rows have the same number of steps.
-    """
-
-    title: str
-    note: str
-    rows: tuple[tuple[str, tuple[Interval, ...]], ...]
-    signed: bool = False
-    remarks: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Tile:
-    """What one predictor made of a window: the observed frames, then its predictions. ``note`` is shown small."""
-
-    label: str
-    frames: Film
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Clip:
-    """A window whose truth, predictions and errors play in step.
-
-    The first ``observed`` frames of ``truth`` and of every tile are the context, the rest the future; all have one
-    shape. The page draws the errors itself (`data.picture.error_picture`). ``rule`` says why this window is shown
-    (a fragment such as "most motion"), ``start`` is the number of its first frame among the decoded frames of
-    ``video``, ``fps`` the rate at which it plays.
-    """
-
-    video: str
-    start: int
-    rule: str
-    observed: int
-    fps: float
-    truth: Film
-    predictions: tuple[Tile, ...]
-
-
-@dataclass(frozen=True)
-class TeacherRow:
-    """Accuracy of a flow teacher against true flow: end-point errors in pixels, F1 of the non-visible class."""
-
-    name: str
-    epe: float | None
-    epe_moving: float | None
-    epe_background: float | None
-    nonvisible_f1: float | None
-    pairs_per_second: float | None = None
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A still picture. ``caption`` is shown and read aloud."""
-
-    caption: str
-    image: UInt8[np.ndarray, "h w 3"]
-
-
-@dataclass(frozen=True)
-class Gallery:
-    """A section of pictures (flow wheels, occlusion overlays, reconstructions, collisions on a time line)."""
-
-    title: str
-    note: str
-    figures: tuple[Figure, ...]
-
-
-@dataclass(frozen=True)
-class Quarantined:
-    """An item that a stage put aside."""
-
-    item: str
-    stage: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Timing:
-    """How long a stage took and how many items of ``unit`` it made."""
-
-    stage: str
-    seconds: float
-    items: int | None = None
-    unit: str = ""
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """A folded block of text: parameters, versions or digests, shown as it is."""
-
-    title: str
-    text: str
-
-
-@dataclass(frozen=True)
-class PageContent:
-    """Everything on the page. ``facts`` are (name, value) pairs below the title: protocol, resolution, windows.
-
-    ``definitions`` are (metric, definition) pairs. ``baseline`` names the row to which `Row.advantage` refers.
-    """
-
-    title: str
-    summary: str
-    facts: tuple[tuple[str, str], ...]
-    skill_steps: tuple[int, ...]
-    rows: tuple[Row, ...]
-    baseline: str = "advect"
-    tables: tuple[StepTable, ...] = ()
-    charts: tuple[Chart, ...] = ()
-    clips: tuple[Clip, ...] = ()
-    teachers: tuple[TeacherRow, ...] = ()
-    galleries: tuple[Gallery, ...] = ()
-    quarantine: tuple[Quarantined, ...] = ()
-    timings: tuple[Timing, ...] = ()
-    provenance: tuple[Provenance, ...] = ()
-    definitions: tuple[tuple[str, str], ...] = ()
-
-
-def build_page(content: PageContent) -> str:
-    """The page as one string. Raises `ValueError` where a row's ``skill_at`` does not match ``skill_steps``, names of
-    rows repeat, rows of a table differ in steps, or the films of a clip differ in shape."""
-    names = [row.name for row in content.rows]
-    if len(set(names)) < len(names):
-        raise ValueError(f"rows of the report need different names, got {names}")
-    for row in content.rows:
-        if len(row.skill_at) != len(content.skill_steps):
-            raise ValueError(f"row {row.name!r} gives skill at {len(row.skill_at)} of steps {content.skill_steps}")
-    for table in content.tables:
-        if len(lengths := {len(cells) for _, cells in table.rows}) != 1:
-            raise ValueError(f"table {table.title!r} needs rows with the same steps, got {sorted(lengths)}")
+    _check(content)
     drawn = [curve.name for chart in content.charts for curve in chart.curves]
-    known = dict.fromkeys([*names, *(name for table in content.tables for name, _ in table.rows), *drawn])
+    drawn += [curve.name for s in content.studies for _, charts in s.parts for c in charts for curve in c.curves]
+    tabled = [name for table in content.tables if isinstance(table, StepTable) for name, _ in table.rows]
+    known = dict.fromkeys([*(row.name for row in content.rows), *tabled, *drawn])
     colours = {name: k % _COLOURS for k, name in enumerate(known)}
+    size = 0
+    for quality in QUALITIES:
+        page = _render(content, colours, quality)
+        size = len(page.encode())
+        if size <= limit_bytes:
+            return page
+        if not content.clips:
+            break
+    raise PageSizeError(
+        f"the report page would have {size / 1e6:.1f} MB, more than {limit_bytes / 1e6:g} MB, with films of the "
+        f"lowest quality",
+        remedy="show fewer windows (report.examples in params.yaml) or fewer predictors",
+    )
+
+
+def _render(content: PageContent, colours: dict[str, int], quality: int) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -216,17 +79,56 @@ def build_page(content: PageContent) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "signed": signed, "count": count, "duration": duration, "png": _png}
+
+    def drawing(chart: Chart) -> Markup:
+        return Markup(draw_chart(chart, colours))  # noqa: S704
+
+    environment.filters |= {
+        "number": number, "signed": signed, "count": count, "duration": duration, "png": _png, "drawing": drawing,
+        "arrow": arrow,
+    }  # fmt: skip
+    kinds = {"interval": Interval, "difference": Difference, "steps": StepTable}
+    environment.tests |= {name: partial(_is_a, kind) for name, kind in kinds.items()}
+    environment.tests["words"] = _is_words
     return environment.get_template("page.html.j2").render(
         content=content,
         colours=colours,
-        extra=[column for column in _EXTRA if any(_is_known(getattr(row, column[1])) for row in content.rows)],
-        charts=[(chart, Markup(draw_chart(chart, colours))) for chart in content.charts],  # noqa: S704
-        films=[(clip, _atlas(clip)) for clip in content.clips],
+        kinds={row.name: row.kind for row in content.rows},
+        columns=[c for c in content.columns if any(_is_known(row.figures.get(c.name)) for row in content.rows)],
+        published=[c for c in _PUBLISHED if any(_is_known(getattr(row, c.name)) for row in content.published)],
+        films=[(clip, _atlas(clip, quality)) for clip in content.clips],
+        squeezed=quality if quality != QUALITIES[0] else None,
+        limit_mb=LIMIT_BYTES // 1_000_000,
         whisker_axis=_whisker_axis(content.rows),
         error_scale=ERROR_FULL_SCALE,
         error_bar=_png(error_legend(18, 160)),
     )
+
+
+def _is_words(cell: object) -> bool:
+    """Text that is no figure, and stands on the left."""
+    return isinstance(cell, str) and not cell[:1].isdigit() and cell[:1] not in (_MINUS, _ABSENT)
+
+
+def _is_a(kind: type, value: object) -> bool:
+    return isinstance(value, kind)
+
+
+def _check(content: PageContent) -> None:
+    names = [row.name for row in content.rows]
+    if len(set(names)) < len(names):
+        raise ValueError(f"rows of the report need different names, got {names}")
+    for row in content.rows:
+        if len(row.skill_at) != len(content.skill_steps):
+            raise ValueError(f"row {row.name!r} gives skill at {len(row.skill_at)} of steps {content.skill_steps}")
+    for table in content.tables:
+        if isinstance(table, Table):
+            if lengths := {len(row) for row in table.rows} - {len(table.columns)}:
+                raise ValueError(
+                    f"table {table.title!r} has {len(table.columns)} columns and rows of {sorted(lengths)}"
+                )
+        elif len(lengths := {len(cells) for _, cells in table.rows}) != 1:
+            raise ValueError(f"table {table.title!r} needs rows with the same steps, got {sorted(lengths)}")
 
 
 def number(value: int | float | None, digits: int = 3) -> str:
@@ -241,6 +143,11 @@ def signed(value: int | float | None, digits: int = 3) -> str:
     """As `number`, with a plus before what is above zero once rounded."""
     text = number(value, digits)
     return f"+{text}" if value is not None and round(value, digits) > 0 else text
+
+
+def arrow(better: Literal["higher", "lower", "neither"]) -> str:
+    """What follows the name of a metric: which way is better."""
+    return _ARROWS[better]
 
 
 def count(value: int | float | None) -> str:
@@ -276,7 +183,7 @@ class _Atlas:
     predictions: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
 
 
-def _atlas(clip: Clip) -> _Atlas:
+def _atlas(clip: Clip, quality: int) -> _Atlas:
     shapes = {clip.truth.shape, *(tile.frames.shape for tile in clip.predictions)}
     if len(shapes) > 1:
         raise ValueError(f"films of the clip of {clip.video} ({clip.rule}) differ in shape: {sorted(shapes)}")
@@ -295,7 +202,7 @@ def _atlas(clip: Clip) -> _Atlas:
     for (x, y), tile in zip(places, tiles, strict=True):
         padded = np.pad(tile, ((0, 0), (0, cell_h - h), (0, cell_w - w), (0, 0)), mode="edge")
         film[:, y : y + cell_h, x : x + cell_w] = padded
-    url = "data:video/mp4;base64," + base64.b64encode(encode_video(film, clip.fps)).decode()
+    url = "data:video/mp4;base64," + base64.b64encode(encode_video(film, clip.fps, quality)).decode()
     return _Atlas(url, w, h, places[0], tuple(zip(places[1::2], places[2::2], strict=True)))
 
 

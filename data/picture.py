@@ -23,6 +23,8 @@ Sheet = UInt8[np.ndarray, "rows cols 3"]
 Film = UInt8[np.ndarray, "t h w 3"]
 
 OCCLUDED = (255, 0, 160)
+PREDICTED = (255, 214, 0)
+SURE_BOX, UNSURE_BOX = 0.5, 0.2
 ERROR_FULL_SCALE = 0.25
 _PAPER, _INK = (250, 250, 250), (30, 30, 30)
 _BT709, _LIMITED_RANGE = 1, 1
@@ -83,6 +85,34 @@ def occlusion_overlay(frame: Image, visible: Float[np.ndarray, "h w"]) -> Image:
     grey = np.repeat(frame.mean(axis=2, keepdims=True), 3, axis=2)
     hidden = 0.85 * (1 - np.clip(visible, 0, 1))[..., None]
     return np.round((1 - hidden) * grey + hidden * np.array(OCCLUDED)).astype(np.uint8)
+
+
+def boxes_picture(
+    frame: Image,
+    true_boxes: Float[np.ndarray, "n 4"] | None,
+    boxes: Float[np.ndarray, "s 4"] | None = None,
+    sure: Float[np.ndarray, " s"] | None = None,
+    *,
+    scale: int = 2,
+) -> Sheet:
+    """The frame, ``scale`` times as large, with true boxes in white and predicted ones in yellow.
+
+    Boxes are (x0, y0, x1, y1) in pixels of the frame, ends exclusive. ``sure`` is the presence of the predicted ones
+    (1 without it): thick from `SURE_BOX` on, thin from `UNSURE_BOX` on, and left out below.
+    """
+    out = frame.repeat(scale, axis=0).repeat(scale, axis=1)
+    for box in () if true_boxes is None else true_boxes:
+        _rectangle(out, box * scale, (255, 255, 255), 1)
+    presence = np.ones(0 if boxes is None else len(boxes)) if sure is None else sure
+    for box, p in zip(() if boxes is None else boxes, presence, strict=True):
+        if p >= UNSURE_BOX:
+            _rectangle(out, box * scale, PREDICTED, 2 if p >= SURE_BOX else 1)
+    return out
+
+
+def _rectangle(image: Image, box: Float[np.ndarray, " 4"], colour: tuple[int, int, int], width: int) -> None:
+    x0, y0, x1, y1 = (int(v) for v in np.round(box))
+    cv2.rectangle(image, (x0, y0), (x1 - 1, y1 - 1), colour, width)
 
 
 def error_picture(prediction: Image, truth: Image, full_scale: float = ERROR_FULL_SCALE) -> Image:

@@ -19,11 +19,17 @@ from models.metrics import Estimate, Score, paired_difference, score
 
 @dataclass(frozen=True)
 class Comparison:
-    """``scores`` by row and metric, in the order given; ``advantage``: skill minus that of ``baseline``, by row."""
+    """``scores`` by row and metric, in the order given; ``advantage``: skill minus that of ``baseline``, by row.
+
+    ``best`` has the greatest skill over the horizon of those in ``advantage`` (the earlier of equals; None where there
+    is none), and ``lead`` is its skill minus that of ``baseline`` and of each of the others, by row.
+    """
 
     baseline: str
     scores: dict[str, dict[str, Score]]
     advantage: dict[str, Score]
+    best: str | None
+    lead: dict[str, Score]
 
 
 def compare(results: Sequence[Evaluation], *, baseline: str, others: Sequence[str], seed: int) -> Comparison:
@@ -36,10 +42,14 @@ def compare(results: Sequence[Evaluation], *, baseline: str, others: Sequence[st
         raise ValueError(f"results of different protocols cannot stand in one table: {' and '.join(sorted(protocols))}")
     states = {result.name: result.state for result in results}
     scores = {name: score(state, np.random.default_rng(seed)) for name, state in states.items()}
-    advantage = {
-        name: paired_difference(states[name], states[baseline], "skill", np.random.default_rng(seed)) for name in others
-    }
-    return Comparison(baseline, scores, advantage)
+
+    def difference(name: str, other: str) -> Score:
+        return paired_difference(states[name], states[other], "skill", np.random.default_rng(seed))
+
+    advantage = {name: difference(name, baseline) for name in others}
+    best = max(others, key=lambda name: scores[name]["skill"].overall.value, default=None)
+    lead = {} if best is None else {name: difference(best, name) for name in (baseline, *others) if name != best}
+    return Comparison(baseline, scores, advantage, best, lead)
 
 
 def verdict(name: str, baseline: str, difference: Score) -> str:

@@ -322,7 +322,9 @@ def _offer(examples: Examples, statistics: dict[str, Statistic], rollout: Rollou
             return _example(rollout, window, row, mse[row], mse_copy[row])
 
         place = int(window.video[row]), int(window.start[row])
-        examples.offer(float((mse_copy[row] - mse[row]).mean()), float(mse_copy[row].mean()), *place, make)
+        gain, motion = float((mse_copy[row] - mse[row]).mean()), float(mse_copy[row].mean())
+        collisions = 0 if window.true_collision is None else int((window.true_collision[row] > 0.5).sum())
+        examples.offer(gain, motion, *place, make, collisions=collisions)
 
 
 def _example(
@@ -337,6 +339,9 @@ def _example(
     def mask(values: Tensor | None) -> np.ndarray | None:
         return None if values is None else field(values[:, :, 0])
 
+    def exact(values: Tensor | None) -> np.ndarray | None:
+        return None if values is None else values[row].float().cpu().numpy()
+
     return Example(
         rules=(),
         video=int(window.video[row]),
@@ -350,4 +355,10 @@ def _example(
         visible=mask(rollout.visible),
         true_flow_bwd=field(window.true_flow_bwd),
         true_visible=mask(window.true_visible),
+        boxes=exact(rollout.boxes),
+        presence=exact(rollout.presence),
+        collision=exact(rollout.collision),
+        true_boxes=exact(window.true_boxes),
+        true_presence=exact(window.true_presence),
+        true_collision=exact(window.true_collision),
     )

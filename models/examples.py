@@ -13,7 +13,11 @@ _RESERVOIR = 15
 
 @dataclass(frozen=True)
 class Example:
-    """One window kept to be looked at, with the rules that chose it (see `Examples`)."""
+    """One window kept to be looked at, with the rules that chose it (see `Examples`).
+
+    What follows ``mse_copy`` is as in `models.predictor.Rollout` and, with ``true_`` before it, as in
+    `models.evaluation.Window`; None where a predictor has no such head or the video no labels.
+    """
 
     rules: tuple[str, ...]
     video: int
@@ -27,6 +31,12 @@ class Example:
     visible: Float[np.ndarray, "y h w"] | None = None
     true_flow_bwd: Float[np.ndarray, "y 2 h w"] | None = None
     true_visible: Float[np.ndarray, "y h w"] | None = None
+    boxes: Float[np.ndarray, "y s 4"] | None = None
+    presence: Float[np.ndarray, "y s"] | None = None
+    collision: Float[np.ndarray, " y"] | None = None
+    true_boxes: Float[np.ndarray, "y n 4"] | None = None
+    true_presence: Float[np.ndarray, "y n"] | None = None
+    true_collision: Float[np.ndarray, " y"] | None = None
 
 
 class Examples:
@@ -34,8 +44,9 @@ class Examples:
 
     ``first``: the first window. ``best``, ``worst``: the largest and smallest gain, which is the MSE of copy_last
     minus that of the prediction, mean over steps. ``most motion``: the largest MSE of copy_last, hence the same window
-    for every predictor. ``median`` (of gain), ``median motion`` (of the MSE of copy_last): the middle one of 15
-    windows drawn at random without regard to the result. Ties go to the earlier window.
+    for every predictor; so is ``most collisions``, the largest number of steps at which something truly collides (no
+    window where nothing ever does). ``median`` (of gain), ``median motion`` (of the MSE of copy_last): the middle one
+    of 15 windows drawn at random without regard to the result. Ties go to the earlier window.
     """
 
     def __init__(self, seed: int) -> None:
@@ -44,7 +55,9 @@ class Examples:
         self._extreme: dict[str, tuple[float, Example]] = {}
         self._drawn: list[Example] = []
 
-    def offer(self, gain: float, motion: float, video: int, start: int, make: Callable[[], Example]) -> None:
+    def offer(
+        self, gain: float, motion: float, video: int, start: int, make: Callable[[], Example], *, collisions: int = 0
+    ) -> None:
         """Considers one window; ``make`` is called at most once and only if some rule keeps it."""
         made: list[Example] = []
 
@@ -53,7 +66,8 @@ class Examples:
                 made.append(make())
             return made[0]
 
-        for rule, value in (("first", 0.0), ("best", gain), ("worst", -gain), ("most motion", motion)):
+        extremes = [("first", 0.0), ("best", gain), ("worst", -gain), ("most motion", motion)]
+        for rule, value in extremes + [("most collisions", collisions)] * (collisions > 0):
             if rule not in self._extreme or value > self._extreme[rule][0]:
                 self._extreme[rule] = (value, example())
         # Algorithm R (Vitter 1985): every window is equally likely to be among the drawn.

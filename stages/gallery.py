@@ -5,17 +5,16 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from data.page import Figure, Gallery
+from data.page_content import Figure, Gallery
 from data.picture import error_legend, error_picture, flow_legend, flow_picture, occlusion_overlay, panel, to_uint8
 from data.resize import resize_field, resize_flow
 from data.store import Store
 from models.autoencoder import LatentVAE
 from pipeline.stage import ARTIFACTS, Job
 from stages.evaluate import Windows
+from stages.windows_shown import LEAST_SCALE_PX
 
 DIFFICULTIES = (("easiest", 0.0), ("median", 0.5), ("hardest", 1.0))
-LEAST_SCALE_PX = 2.0
-"""The wheel is never scaled below this, or the noise of a static pair would fill it."""
 
 
 def flow_gallery(job: Job, windows: Windows) -> tuple[Gallery, ...]:

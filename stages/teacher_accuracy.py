@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from data.page import TeacherRow
+from data.page_content import TeacherRow
 from data.resize import resize_field, resize_flow
 from data.store import Store
 from models.metrics import score

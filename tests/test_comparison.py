@@ -60,6 +60,19 @@ def test_differences_are_paired_and_against_the_baseline(results: list[Evaluatio
     assert expected.overall.value == pytest.approx(mine - theirs)
 
 
+def test_the_best_is_set_against_every_other(results: list[Evaluation]) -> None:
+    results.append(evaluation("blur", [0.5, 0.6, 0.7, 0.8], seed=3))
+    found = compare(results, baseline="advect", others=["blur", "warp"], seed=0)
+    assert found.best == "warp"
+    assert list(found.lead) == ["advect", "blur"]
+    assert found.lead["advect"] == found.advantage["warp"]
+    expected = paired_difference(results[2].state, results[3].state, "skill", np.random.default_rng(0))
+    assert found.lead["blur"] == expected
+    assert expected.overall.low > 0
+    nobody = compare(results[:2], baseline="advect", others=[], seed=0)
+    assert (nobody.best, nobody.lead) == (None, {})
+
+
 def test_the_sentence_says_where_the_interval_excludes_zero(results: list[Evaluation]) -> None:
     said = verdict("warp", "advect", compared(results).advantage["warp"])
     assert said.startswith(

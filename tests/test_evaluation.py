@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import av
@@ -332,7 +333,8 @@ def test_examples_follow_their_rules() -> None:
             motions[kept.video, kept.start] = float(kept.mse_copy.mean())
     assert len(gains) == 12
     by_rule = {rule: (e.video, e.start) for e in found.examples for rule in e.rules}
-    assert set(by_rule) == {"first", "best", "worst", "median", "most motion", "median motion"}
+    assert set(by_rule) == {"first", "best", "worst", "median", "most motion", "median motion", "most collisions"}
+    assert by_rule["most collisions"] == (0, 0), "they all have one: the first"
     assert by_rule["first"] == (0, 0)
     assert gains[by_rule["best"]] == max(gains.values())
     assert gains[by_rule["worst"]] == min(gains.values())
@@ -347,6 +349,25 @@ def test_examples_follow_their_rules() -> None:
     assert example.truth.shape == example.prediction.shape == (Y, H, W, 3)
     assert example.true_flow_bwd is not None
     assert example.true_flow_bwd.shape == (Y, 2, H, W)
+    batch = window_batch(example.video)
+    assert np.array_equal(example.true_boxes, batch.true_boxes[example.start // 8])  # pyright: ignore
+    assert np.array_equal(example.true_collision, batch.true_collision[example.start // 8])  # pyright: ignore
+    assert example.collision is not None
+    assert example.collision == pytest.approx([0.1, 0.8, 0.2, 0.3])
+    bare = evaluate(Copy(), windows(1, truth=False), name="copy", seed=0).examples[0]
+    assert (bare.boxes, bare.presence, bare.collision, bare.true_boxes, bare.true_collision) == (None,) * 5
+
+
+def test_the_window_with_most_collisions_is_kept_and_none_without() -> None:
+    kept = evaluate(Copy(), windows(1), name="copy", seed=0).examples[0]
+    examples = Examples(seed=0)
+    for place, collisions in enumerate((0, 1, 3, 3, 2)):
+        examples.offer(0.0, 0.0, place, 0, partial(replace, kept, video=place), collisions=collisions)
+    by_rule = {rule: e.video for e in examples.chosen() for rule in e.rules}
+    assert by_rule["most collisions"] == 2
+    quiet = Examples(seed=0)
+    quiet.offer(0.0, 0.0, 0, 0, lambda: kept)
+    assert "most collisions" not in {rule for e in quiet.chosen() for rule in e.rules}
 
 
 def test_examples_kept_are_few_however_many_are_offered() -> None:

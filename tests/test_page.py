@@ -7,41 +7,51 @@ import io
 import math
 import re
 from dataclasses import replace
+from functools import cache
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import av
 import numpy as np
 import pytest
 
 from data import picture
-from data.chart import Chart, Curve, draw_chart, nice_ticks
-from data.page import (
+from data.chart import Chart, Curve
+from data.errors import PageSizeError
+from data.page import build_page, count, duration, number, signed
+from data.page_content import (
     Clip,
+    Column,
+    Difference,
     Figure,
     Gallery,
     Interval,
     PageContent,
+    PictureTable,
     Provenance,
+    PublishedRow,
     Quarantined,
     Row,
     StepTable,
+    Study,
+    Table,
     TeacherRow,
     Tile,
     Timing,
-    build_page,
-    count,
-    duration,
-    number,
-    signed,
 )
 
 HOSTILE = "<script>alert('x')</script>&\"</title>"
+COLUMNS = (Column("psnr", "PSNR dB", "higher", 2), Column("lpips", "LPIPS", "lower", 4), Column("base", "By chance"))
 
 
 def film(shade: int, t: int = 5, h: int = 18, w: int = 26) -> np.ndarray:
     frames = np.full((t, h, w, 3), shade, dtype=np.uint8)
     frames[:, :, : w // 2, 0] = 255 - shade
     return frames
+
+
+def event_chart() -> Chart:
+    return Chart("Collision", "", "neither", (Curve("warp", (0.1, 0.7, 0.2)),), limits=(0.0, 1.0), events=(2,))
 
 
 def content(**changes: object) -> PageContent:
@@ -55,14 +65,14 @@ def content(**changes: object) -> PageContent:
         facts=(("protocol", "demo"),),
         skill_steps=(1, 3),
         rows=(
-            Row("copy_last", "baseline", Interval(0.0, 0.0, 0.0), (0.0, 0.0), psnr=33.6),
+            Row("copy_last", "baseline", Interval(0.0, 0.0, 0.0), (0.0, 0.0), {"psnr": 33.6}),
             Row("advect", "baseline", Interval(0.4, 0.3, 0.5), (0.6, 0.3)),
             Row(
                 "warp",
                 "predictor",
                 Interval(-0.125, -0.25, 0.0625),
                 (0.5, None),
-                psnr=36.125,
+                {"psnr": 36.125},
                 advantage=Interval(0.1, 0.05, 0.15),
                 parameters=1_234_567,
                 frames_per_second=61.5,
@@ -70,6 +80,7 @@ def content(**changes: object) -> PageContent:
             ),
             Row("vae", "ceiling", Interval(0.9), (0.8, 0.95)),
         ),
+        columns=COLUMNS,
         tables=(
             StepTable("Skill by step", "All of it.", (("warp", (Interval(0.5, 0.4, 0.6), Interval(0.25))),)),
             StepTable(
@@ -79,9 +90,33 @@ def content(**changes: object) -> PageContent:
                 signed=True,
                 remarks=("warp beats advect at step 1.",),
             ),
+            Table(
+                "Ablations",
+                "One option.",
+                ("Predictor", "Change", "Skill", "Difference"),
+                (
+                    ("warp", "as it is", Interval(0.5, 0.4, 0.6), None),
+                    ("bare", "a: 1 to 2", Interval(0.1), Difference(-0.4, -0.5, -0.3)),
+                ),
+                remarks=("bare falls behind.",),
+            ),
         ),
         charts=(Chart("Skill", "", "higher", curves, zero=True),),
         clips=(Clip("sim_00010", 8, "most motion", 2, 12.5, film(60), (Tile("warp", film(80), "skill 0.1"),)),),
+        films_note="Chosen by rule.",
+        studies=(
+            Study(
+                "Boxes",
+                "White is true.",
+                (
+                    (
+                        PictureTable("most motion", ("step 1", "step 3"), (("warp", (picture.flow_legend(8),) * 2),)),
+                        (event_chart(),),
+                    ),
+                ),
+                Figure("the key", picture.flow_legend(12)),
+            ),
+        ),
         teachers=(TeacherRow("dis", 0.2, 0.6, None, 0.64),),
         galleries=(Gallery("Flow", "Colours.", (Figure("the wheel", picture.flow_legend(16)),)),),
         quarantine=(Quarantined("video_10800", "acquire", "annotation is broken"),),
@@ -90,6 +125,11 @@ def content(**changes: object) -> PageContent:
         definitions=(("skill", "1 - a / b"),),
     )
     return replace(whole, **changes)
+
+
+@cache
+def whole_page() -> str:
+    return build_page(content())
 
 
 class Reader(HTMLParser):
@@ -134,7 +174,7 @@ class Reader(HTMLParser):
 
 
 def test_page_asks_for_nothing_from_outside() -> None:
-    page = build_page(content())
+    page = whole_page()
     assert 'http-equiv="Content-Security-Policy" content="default-src \'none\'' in page
     assert all(link.startswith(("data:", "#")) for link in Reader(page).links)
     shell = re.sub(r"data:[a-z/0-9]+;base64,[A-Za-z0-9+/=]+", "", page)
@@ -142,7 +182,7 @@ def test_page_asks_for_nothing_from_outside() -> None:
 
 
 def test_same_content_same_bytes() -> None:
-    assert build_page(content()) == build_page(content())
+    assert build_page(content()) == whole_page()
 
 
 def test_everything_is_escaped() -> None:
@@ -152,7 +192,21 @@ def test_everything_is_escaped() -> None:
             summary=HOSTILE,
             facts=((HOSTILE, HOSTILE),),
             rows=(Row(HOSTILE, "predictor", Interval(0.1), (0.1, 0.1)),),
-            tables=(StepTable(HOSTILE, HOSTILE, ((HOSTILE, (Interval(0.1),)),), remarks=(HOSTILE,)),),
+            columns=(Column("psnr", HOSTILE),),
+            published=(PublishedRow(HOSTILE, 1.0, None, None, None, None, HOSTILE),),
+            published_note=HOSTILE,
+            tables=(
+                StepTable(HOSTILE, HOSTILE, ((HOSTILE, (Interval(0.1),)),), remarks=(HOSTILE,)),
+                Table(HOSTILE, HOSTILE, (HOSTILE,), ((HOSTILE,),), remarks=(HOSTILE,), folded=True),
+            ),
+            films_note=HOSTILE,
+            studies=(
+                Study(
+                    HOSTILE,
+                    HOSTILE,
+                    ((PictureTable(HOSTILE, (HOSTILE,), ((HOSTILE, (picture.flow_legend(4),)),)), ()),),
+                ),
+            ),
             charts=(Chart(HOSTILE, HOSTILE, "lower", (Curve(HOSTILE, (1.0, 2.0)),)),),
             clips=(Clip(HOSTILE, 0, HOSTILE, 2, 12.5, film(1), (Tile(HOSTILE, film(2), HOSTILE),)),),
             teachers=(TeacherRow(HOSTILE, None, None, None, None),),
@@ -169,7 +223,7 @@ def test_everything_is_escaped() -> None:
 
 
 def test_headline_table_in_the_order_given() -> None:
-    rows = Reader(build_page(content())).rows
+    rows = Reader(whole_page()).rows
     assert [row[0].split()[0] for row in rows[1:5]] == ["copy_last", "advect", "warp", "vae"]
     assert [row[0].split()[-1] for row in rows[1:5]] == ["baseline", "baseline", "warp", "ceiling"]
     minus, absent = "\N{MINUS SIGN}", "\N{EN DASH}"
@@ -179,10 +233,8 @@ def test_headline_table_in_the_order_given() -> None:
         "",
         "0.50",
         absent,
-        "0.100 [0.050, 0.150]",
+        "+0.100 [0.050, 0.150]",
         "36.12",
-        absent,
-        absent,
         "1.23 M",
         "61.5",
         "2 h 10 min",
@@ -196,6 +248,7 @@ def test_absent_is_said_and_never_zero() -> None:
         tables=(),
         charts=(),
         clips=(),
+        studies=(),
         teachers=(),
         galleries=(),
         quarantine=(),
@@ -218,23 +271,80 @@ def test_columns_of_what_was_measured() -> None:
     rows = (
         copy,
         advect,
-        replace(warp, box_iou=0.625, collision_ap=0.3, collision_base_rate=math.nan),
-        replace(vae, lpips=0.0123),
+        replace(warp, figures={"psnr": 30.0, "base": math.nan}),
+        replace(vae, figures={"lpips": 0.0123}),
     )
     found = Reader(build_page(content(rows=rows))).rows
     assert len({len(row) for row in found[:5]}) == 1
-    assert found[0][9:12] == [
-        "LPIPS \N{DOWNWARDS ARROW}",
-        "Box IoU \N{UPWARDS ARROW}",
-        "Collision AP \N{UPWARDS ARROW}",
-    ]
+    assert found[0][6:8] == ["PSNR dB \N{UPWARDS ARROW}", "LPIPS \N{DOWNWARDS ARROW}"]
     absent = "\N{EN DASH}"
-    assert [row[9:12] for row in found[2:5]] == [[absent] * 3, [absent, "0.625", "0.300"], ["0.0123", absent, absent]]
-    assert not any("AP by chance" in row for row in found), "a column without a number is left out"
+    assert [row[6:8] for row in found[2:5]] == [[absent] * 2, ["30.00", absent], [absent, "0.0123"]]
+    assert not any("By chance" in row for row in found), "a column without a number is left out"
+
+
+def test_published_figures_only_where_given() -> None:
+    assert 'id="published"' not in whole_page()
+    rows = (PublishedRow("SlotFormer", 30.5, None, 0.0312, 12.25, None, "their table 2"),)
+    reader = Reader(build_page(content(published=rows, published_note="Same protocol, other code.")))
+    assert ["SlotFormer", "30.50", "0.0312", "12.2", "their table 2"] in reader.rows
+    assert "Same protocol, other code." in reader.text
+    head = next(row for row in reader.rows if row[0] == "Method")
+    assert head == [
+        "Method",
+        "PSNR \N{UPWARDS ARROW}",
+        "LPIPS \N{DOWNWARDS ARROW}",
+        "FVD \N{DOWNWARDS ARROW}",
+        "Source",
+    ]
+
+
+def test_any_table_marks_differences_alone() -> None:
+    page = whole_page()
+    reader = Reader(page)
+    minus = "\N{MINUS SIGN}"
+    assert ["warp", "as it is", "0.500 [0.400, 0.600]", "\N{EN DASH}"] in reader.rows
+    assert ["bare", "a: 1 to 2", "0.100", f"{minus}0.400 [{minus}0.500, {minus}0.300]"] in reader.rows
+    section = page.split('id="table-3"')[1].split("</section>")[0]
+    assert section.count("number below") == 1
+    assert "number above" not in section, "a skill above zero is no difference"
+    ragged = Table("t", "", ("a", "b"), (("x",),))
+    with pytest.raises(ValueError, match=r"table 't' has 2 columns and rows of \[1\]"):
+        build_page(content(tables=(ragged,)))
+
+
+def test_a_study_shows_its_pictures_and_charts() -> None:
+    page = whole_page()
+    section = page.split('id="study-1"')[1].split("</section>")[0]
+    alts = re.findall(r'alt="([^"]+)"', section)
+    assert alts == ["the key", "most motion: warp, step 1", "most motion: warp, step 3"]
+    assert "true at step 2" in section
+    assert section.count("event_marks") == 1
+
+
+def test_headings_descend_one_by_one() -> None:
+    levels = [int(tag[1]) for tag, _ in Reader(whole_page()).tags if re.fullmatch(r"h[1-6]", tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(b <= a + 1 for a, b in pairwise(levels))
+
+
+def test_films_are_compressed_harder_before_a_page_is_too_large() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (6, 64, 96, 3), dtype=np.uint8)
+    plain = {"charts": (), "studies": (), "galleries": ()}
+    clip = Clip("v", 0, "first", 2, 12.5, noise, (Tile("warp", noise[::-1].copy()),))
+    whole = build_page(content(clips=(clip,), **plain))
+    assert "compressed harder" not in whole
+    smaller = build_page(content(clips=(clip,), **plain), limit_bytes=len(whole.encode()) - 1)
+    assert "compressed harder than usual (CRF 24)" in smaller
+    assert len(smaller.encode()) < len(whole.encode())
+    with pytest.raises(PageSizeError, match=r"more than 0\.01 MB.*\n.*report\.examples"):
+        build_page(content(clips=(clip,), **plain), limit_bytes=10_000)
+    with pytest.raises(PageSizeError):
+        build_page(content(clips=(), **plain), limit_bytes=10_000)
 
 
 def test_tables_by_step_say_what_excludes_zero() -> None:
-    reader = Reader(build_page(content()))
+    reader = Reader(whole_page())
     minus = "\N{MINUS SIGN}"
     assert ["warp", "0.500 [0.400, 0.600]", "0.250"] in reader.rows
     assert [
@@ -244,7 +354,10 @@ def test_tables_by_step_say_what_excludes_zero() -> None:
         f"0.000 [{minus}0.100, 0.100]",
     ] in reader.rows
     cells = [attrs["class"] for tag, attrs in reader.tags if tag == "td" and (attrs.get("class") or "")[:6] == "number"]
-    assert [name for name in cells if name in ("number above", "number below")] == ["number above", "number below"]
+    assert [name for name in cells if name in ("number above", "number below")] == [
+        *["number above"] * 2,  # the first of the headline
+        *["number below"] * 2,
+    ]
     assert "warp beats advect at step 1." in [text.strip() for text in reader.text]
     ragged = StepTable("t", "", (("a", (Interval(1.0),)), ("b", ())))
     with pytest.raises(ValueError, match=r"table 't' needs rows with the same steps, got \[0, 1\]"):
@@ -275,13 +388,13 @@ def test_ten_predictors_have_ten_colours_and_fit_into_a_page() -> None:
 
 
 def test_every_section_has_what_it_was_given() -> None:
-    reader = Reader(build_page(content()))
+    reader = Reader(whole_page())
     ids = {attrs["id"] for _, attrs in reader.tags if attrs.get("id")}
     assert {link[1:] for link in reader.links if link.startswith("#")} <= ids
     text = " ".join(" ".join(reader.text).split())
     for part in (
         "most motion",
-        "Video sim_00010, 2 observed and 3 predicted frames from frame 8 on",
+        "sim_00010: 2 observed and 3 predicted frames from frame 8 on",
         "skill 0.1",
         "1 item put aside; nothing stands in for it",
         "annotation is broken",
@@ -361,50 +474,8 @@ def test_counts_and_durations() -> None:
     ]  # fmt: skip
 
 
-# --- charts ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "ticks"),
-    [
-        (0.0, 1.0, [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]),
-        (31.2, 44.9, [30.0, 35.0, 40.0, 45.0]),
-        (-0.33, 0.61, [-0.4, -0.2, 0.0, 0.2, 0.4, 0.6, 0.8]),
-        (2.0, 2.0, None),
-    ],
-)
-def test_ticks_are_round_and_enclose(low: float, high: float, ticks: list[float] | None) -> None:
-    found = nice_ticks(low, high)
-    assert found[0] <= low
-    assert found[-1] >= high
-    assert 2 <= len(found) <= 8
-    assert ticks in (None, found)
-
-
-def test_chart_draws_values_where_they_belong() -> None:
-    svg = draw_chart(
-        Chart("t", "", "higher", (Curve("a", (0.0, 0.5, 1.0), (0.0, 0.4, 1.0), (0.0, 0.6, 1.0)),)), {"a": 3}
-    )
-    dots = [(float(x), float(y)) for x, y in re.findall(r'class="dot" cx="([\d.]+)" cy="([\d.]+)"', svg)]
-    assert [x for x, _ in dots] == [50, 259, 468]
-    assert [y for _, y in dots] == [262, 137, 12]
-    band = re.search(r'class="band" points="([^"]+)"', svg)
-    assert band is not None
-    assert band[1].split() == ["50.0,262.0", "259.0,162.0", "468.0,12.0", "468.0,12.0", "259.0,112.0", "50.0,262.0"]
-    assert "c3" in svg
-
-
-def test_chart_breaks_at_gaps_and_cuts_at_the_floor() -> None:
-    curve = Curve("a", (1.0, 0.5, None, 0.25, -9.0))
-    svg = draw_chart(Chart("t", "", "higher", (curve,), zero=True, floor=-0.5), {"a": 0})
-    assert svg.count("<polyline") == 2
-    assert svg.count('class="dot"') == 4
-    assert 'data-values="1,0.5,,0.25,-9"' in svg
-    ticks = [float(t) for t in re.findall(r'text-anchor="end">([-\d.]+)<', svg)]
-    assert min(ticks) == -0.5
-
-
-def test_chart_needs_values_of_one_length() -> None:
-    for curves in ((), (Curve("a", (None, None)),), (Curve("a", (1.0,)), Curve("b", (1.0, 2.0)))):
-        with pytest.raises(ValueError, match="curves of one length with a value"):
-            draw_chart(Chart("t", "", "higher", curves), {"a": 0, "b": 1})
+def test_a_ceiling_that_is_not_drawn_is_named_and_stands_in_the_table() -> None:
+    curves = (Curve("a", (25.0, 35.0)), Curve("top", (54.0, 54.0), kind="ceiling"))
+    page = build_page(content(charts=(Chart("PSNR", "dB", "higher", curves),)))
+    assert "top lies beyond" in page
+    assert ["top", "54.000", "54.000"] in Reader(page).rows
