@@ -10,7 +10,8 @@ from typing import Any
 from data.store import ArraySpec
 from models.predictor import find
 from pipeline import profiles
-from pipeline.params import Vae, parse_params, read_yaml
+from pipeline.params import parse_params, read_yaml
+from pipeline.sections import Vae
 from pipeline.size_estimate import estimate
 from stages.fields import flow_specs, visible_spec
 from stages.label import specs as label_specs

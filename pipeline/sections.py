@@ -249,7 +249,7 @@ class Evaluate(Section):
 
 class Report(Section):
     examples: Annotated[int, Field(ge=1, le=3)]
-    """Windows that are shown moving."""
+    """Shared windows that are shown moving, beside the best predictor's best and worst."""
 
 
 class Params(Section):

@@ -21,10 +21,11 @@ from models.evaluation import Evaluation, evaluate_reconstruction
 from models.metrics import METRICS, Estimate, Score
 from models.results import read_results
 from pipeline.progress import progress
+from pipeline.protocols import PROTOCOLS
 from pipeline.stage import ARTIFACTS, Job, read_runs, run_stage
 from stages.evaluate import Windows, networks_of
 from stages.gallery import flow_gallery, reconstruction_gallery
-from stages.tables import ablations, adaptation, by_step, columns, every_metric, interval, lead, title
+from stages.tables import ablations, adaptation, by_step, columns, every_metric, interval, lead, published, title
 from stages.teacher_accuracy import measure_teacher
 from stages.windows_shown import extremes, films, films_note, shared, studies, together
 
@@ -70,14 +71,17 @@ def run(job: Job) -> None:
     comparison = compare(everyone, baseline=REFERENCE, others=learned, seed=job.params.evaluate.seed)
     teacher, teacher_figures = measure_teacher(job, windows.source.videos)
     steps, shown = headline_steps(windows.horizon), shared(results)
+    protocol = job.params.evaluate.protocol
     own = extremes(results, comparison.best, windows)
     content = PageContent(
-        title=f"clevrcast: {job.params.evaluate.protocol}",
+        title=f"clevrcast: {protocol}",
         summary=summary(comparison),
         facts=_facts(job, windows, results[0]),
         skill_steps=steps,
         rows=headline_rows(everyone, comparison, steps),
         columns=columns(),
+        published=published(protocol, comparison.scores),
+        published_note=PROTOCOLS[protocol].note if protocol in PROTOCOLS else "",
         tables=(
             *lead(comparison, steps),
             *by_step(comparison),
@@ -154,10 +158,17 @@ def _facts(job: Job, windows: Windows, first: Evaluation) -> tuple[tuple[str, st
     h, w = p.decode.resolution
     return (
         ("videos", f"{len(first.state.videos)} {p.acquire.source}, {p.evaluate.split} split"),
-        ("windows", f"{first.windows} of {windows.context} + {windows.horizon} frames, every {windows.every}"),
+        ("windows", f"{first.windows} of {windows.context} + {windows.horizon} frames, {_chosen(windows)}"),
         ("frames", f"{h} x {w}, one in {p.decode.stride} ({windows.fps:g} per second)"),
         ("teacher", f"{p.flow.teacher} at {p.flow.resolution[0]} x {p.flow.resolution[1]}"),
     )
+
+
+def _chosen(windows: Windows) -> str:
+    if windows.kept.decode.no_entry is None:
+        return f"every {windows.every}"
+    left_out = f"; {len(windows.without_window)} videos have none" if windows.without_window else ""
+    return f"the first of each video in which nothing comes into view{left_out}"
 
 
 def headline_rows(results: Sequence[Evaluation], comparison: Comparison, steps: Sequence[int]) -> tuple[Row, ...]:

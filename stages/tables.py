@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from data.page import arrow, number
-from data.page_content import Column, Difference, Interval, StepTable, Table
+from data.page_content import Column, Difference, Interval, PublishedRow, StepTable, Table
 from models.comparison import Comparison, verdict
 from models.evaluation import Evaluation
 from models.metrics import METRICS, Estimate, Score, paired_difference
+from pipeline.protocols import PROTOCOLS
 from pipeline.sections import PredictorBlock
 from pipeline.stage import ARTIFACTS
 
@@ -21,7 +22,9 @@ DETAILS = frozenset(
     (
         "mse", "psnr_frame", "skill", "fg_mse", "fg_skill", "epe", "epe_moving", "epe_background", "epe_visible",
         "nonvisible_precision", "nonvisible_recall", "nonvisible_f1", "box_recall", "box_precision",
-        "collision_f1_2", "collision_f1_5", "collision_f1_always"
+        "collision_f1_2", "collision_f1_5", "collision_f1_always", "tlpips", "motion_smoothness",
+        "motion_smoothness_true", "subject_consistency", "subject_consistency_true", "background_consistency",
+        "background_consistency_true",
     )
 )  # fmt: skip
 """Metrics that have no column of their own in the headline table, or one that the page makes itself (skill)."""
@@ -33,6 +36,7 @@ TITLES = {
     "nonvisible_recall": "Non-visible recall",
     "psnr": "PSNR", "ssim": "SSIM", "fg_psnr": "Foreground PSNR", "lpips": "LPIPS", "box_iou": "Box IoU",
     "collision_ap": "Collision AP", "collision_base_rate": "AP by chance", "fvd": "FVD", "jedi": "JEDi",
+    "tlpips": "tLPIPS",
 }  # fmt: skip
 DIGITS = {"lpips": 4}
 MARKED = "Bold: the interval is above zero; italic and underlined: below."
@@ -45,6 +49,23 @@ def columns() -> tuple[Column, ...]:
         for name, metric in METRICS.items()
         if name not in DETAILS
     )
+
+
+def published(protocol: str, scores: Mapping[str, Mapping[str, Score]]) -> tuple[PublishedRow, ...]:
+    """Figures of papers under this protocol below ours, by the metrics that they mean; nothing where there are none."""
+    if protocol not in PROTOCOLS or not PROTOCOLS[protocol].published:
+        return ()
+    named = {"psnr": PROTOCOLS[protocol].psnr} | {name: name for name in ("ssim", "lpips", "fvd", "jedi")}
+    ours = (
+        PublishedRow(
+            name,
+            **{column: mine[metric].overall.value if metric in mine else None for column, metric in named.items()},
+            source="this page",
+        )
+        for name, mine in scores.items()
+    )
+    theirs = (PublishedRow(**vars(row)) for row in PROTOCOLS[protocol].published)
+    return (*ours, *theirs)
 
 
 def title(name: str) -> str:

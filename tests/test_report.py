@@ -21,7 +21,7 @@ from models.metrics import METRICS
 from models.results import write_results
 from pipeline.sections import PredictorBlock
 from stages.report import headline_rows, headline_steps, report_figures, summary
-from stages.tables import ablations, by_step, changes, columns, every_metric, lead
+from stages.tables import ablations, by_step, changes, columns, every_metric, lead, published
 from stages.windows_shown import Shown, copied, extremes, films, films_note, shared, studies, together
 from tests.test_comparison import STEPS, evaluation
 from tests.test_page import Reader
@@ -106,6 +106,18 @@ def test_every_metric_is_told_for_everybody(results: list[Evaluation]) -> None:
     rows: dict[Any, Any] = {row[0]: row[1:] for row in table.rows}
     assert rows["Box IoU\N{NO-BREAK SPACE}\N{UPWARDS ARROW}"] == (None, None, "0.75", None)
     assert rows["LPIPS\N{NO-BREAK SPACE}\N{DOWNWARDS ARROW}"] == ("0.25", "0.2", "0.125", "0.5")
+
+
+def test_published_figures_stand_below_ours_in_their_protocol_only(results: list[Evaluation]) -> None:
+    scores = compared(results).scores
+    assert published("demo", scores) == published("mine", scores) == ()
+    rows = published("slotformer", scores)
+    assert [row.method for row in rows[: len(scores)]] == list(scores)
+    assert rows[0].psnr is None, "these have no psnr_frame, which is what the paper calls PSNR"
+    assert rows[0].lpips == scores["copy_last"]["lpips"].overall.value
+    assert rows[0].fvd is None
+    assert (rows[-5].method, rows[-5].psnr) == ("SlotFormer", 30.21)
+    assert all(row.source for row in rows)
 
 
 def test_the_summary_says_who_leads_and_by_how_much(results: list[Evaluation]) -> None:
