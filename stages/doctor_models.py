@@ -81,7 +81,8 @@ def weights(root: Path) -> Iterator[Finding]:
         params = load_params(root / "params.yaml")
     except ParamsError:
         return  # said by another check
-    found = [*_teacher(root, params), *_lpips(root, params), *_encoders(root, params), *_pretrained(root, params)]
+    found = [*_teacher(root, params), *_lpips(root, params), *_encoders(root, params)]
+    found += [*_films(root, params), *_pretrained(root, params)]
     yield from found or [good(f"params.yaml needs none from elsewhere (flow.teacher is {params.flow.teacher})")]
 
 
@@ -139,21 +140,26 @@ def _ptlflow(root: Path, checkpoint: str) -> Iterator[Finding]:
 
 
 def _lpips(root: Path, params: Params) -> Iterator[Finding]:
-    files = {"evaluate.lpips": params.evaluate.lpips}
+    files: dict[str, tuple[Any, Any]] = {"evaluate.lpips": (params.evaluate.lpips, params.evaluate.lpips_net)}
     for key, block in params.vae.items():
         if block.training.get("perceptual"):
-            files[f"vae.{key}.training.perceptual_weights"] = block.training.get("perceptual_weights")
-    for where, file in files.items():
+            files[f"vae.{key}.training.perceptual_weights"] = (block.training.get("perceptual_weights"), "squeeze")
+    for where, (file, net) in files.items():
         if file:
             from models.perceptual import load_lpips
 
-            load_lpips(root / file)  # raises what is wrong, with its remedy
+            load_lpips(root / file, net)  # raises what is wrong, with its remedy
             yield good(f"{where}: {file}")
 
 
 def _encoders(root: Path, params: Params) -> Iterator[Finding]:
-    for name, block in params.predictors.items():
-        where, encoder = f"predictors.{name}.options.encoder", str(block.options.get("encoder", "small_vit"))
+    given = {
+        f"predictors.{name}.options.encoder": str(block.options.get("encoder", "small_vit"))
+        for name, block in params.predictors.items()
+    }
+    for name in ("subject_encoder", "background_encoder"):
+        given[f"evaluate.{name}"] = getattr(params.evaluate, name) or "small_vit"
+    for where, encoder in given.items():
         kind, _, place = encoder.partition(":")
         if encoder == "torchvision:vit_b_16":
             import torch
@@ -191,6 +197,28 @@ def _transformers(root: Path, where: str, place: str) -> Finding:
         return good(f"{where}: {Path(cached).parent}")
     ways = "give a folder with config.json, model.safetensors and preprocessor_config.json, or choose small_vit"
     return _download(f"{where}: {place}", Path(constants.HF_HUB_CACHE), hf_hub_url(place, "config.json"), ways)
+
+
+def _films(root: Path, params: Params) -> Iterator[Finding]:
+    """The networks of FVD and JEDi: their packages and files."""
+    fvd, jedi = params.evaluate.fvd, params.evaluate.jedi
+    for where, package, install, files in (
+        ("evaluate.fvd", "cdfvd", "pip install -c constraints.txt -e '.[fvd]'", [fvd] if fvd else []),
+        (
+            "evaluate.jedi",
+            "vjepa",
+            "pip install --no-deps vjepa==0.1.2",
+            [f"{jedi}/{file}" for file in ("vith16.pth.tar", "ssv2-probe.pth.tar")] if jedi else [],
+        ),
+    ):
+        if not files:
+            continue
+        if importlib.util.find_spec(package) is None:
+            yield bad(f"{where}: the package {package} is not installed", install)
+        elif absent := [str(root / file) for file in files if not (root / file).is_file()]:
+            yield bad(f"{where}: there is no file {listed(absent)}", "download it, see docs/evaluation.md")
+        else:
+            yield good(f"{where}: {listed(files)}")
 
 
 def _pretrained(root: Path, params: Params) -> Iterator[Finding]:

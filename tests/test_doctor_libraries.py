@@ -328,6 +328,12 @@ def test_weights_of_raft(checkout: Path, empty_hub: Path, name: str, monkeypatch
             "there is no file {}/no.pt",
             "leave the perceptual weights out",
         ),
+        ({"evaluate.fvd": "i3d.pt"}, "evaluate.fvd: there is no file {}/i3d.pt", "docs/evaluation.md"),
+        (
+            {"evaluate.background_encoder": "clip:.dvc"},
+            "evaluate.background_encoder: {}/.dvc has no config.json",
+            "choose small_vit",
+        ),
         ({"vae.flow.pretrained": "old"}, "{}/old has no config.json, diffusion_pytorch", "leave it out"),
         ({"predictors.two_stream.pretrained": "old"}, "{}/old has no meta.json, model.safe", "leave it out"),
         (
