@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from torch import Tensor
 
 
@@ -28,14 +27,3 @@ def resize_field(field: Float[Tensor, "b c h w"], height: int, width: int) -> Fl
     if height <= h and width <= w:
         return F.interpolate(field, (height, width), mode="area")
     return F.interpolate(field, (height, width), mode="bilinear", align_corners=False)
-
-
-def resize_pictures(frames: UInt8[np.ndarray, "t h w 3"], height: int, width: int) -> UInt8[np.ndarray, "t _ _ 3"]:
-    """Pictures sampled bilinearly at the centres of the new pixels, without antialiasing, rounded to 8 bits.
-
-    So torchvision's ``Resize`` treated tensors until 0.16, which SlotFormer was evaluated with (0.11). Fine patterns
-    alias: `decode` resizes otherwise unless told so.
-    """
-    planes = torch.from_numpy(frames).permute(0, 3, 1, 2).float()
-    small = F.interpolate(planes, (height, width), mode="bilinear", align_corners=False, antialias=False)
-    return small.round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().numpy()

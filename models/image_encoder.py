@@ -37,7 +37,7 @@ class FrozenViT(nn.Module):
         for name, value in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.tensor(value)[:, None, None], persistent=False)
 
-    def tokens(self, images: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b n+1 c"]:
+    def tokens(self, images: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b k c"]:
         """The last layer's tokens: that of the class, then those of the patches, row by row."""
         raise NotImplementedError
 
@@ -62,7 +62,7 @@ class TransformersViT(FrozenViT):
         super().__init__(size=model.config.image_size, channels=model.config.hidden_size, mean=mean, std=std)
         self.model = model.float().requires_grad_(False)
 
-    def tokens(self, images: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b n+1 c"]:
+    def tokens(self, images: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b k c"]:
         return self.model(pixel_values=images).last_hidden_state
 
 
@@ -73,7 +73,7 @@ class TorchvisionViT(FrozenViT):
         super().__init__(size=model.image_size, channels=model.hidden_dim, mean=mean, std=std)
         self.model = model.requires_grad_(False)
 
-    def tokens(self, images: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b n+1 c"]:
+    def tokens(self, images: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b k c"]:
         patches = self.model.conv_proj(images).flatten(2).transpose(1, 2)
         first = self.model.class_token.expand(len(images), -1, -1)
         return self.model.encoder(torch.cat([first.to(patches.dtype), patches], dim=1))

@@ -6,7 +6,7 @@ import numpy as np
 
 from data.catalog import Catalog
 from data.clevrer import FRAMES
-from data.resize import resize_pictures
+from data.shrink import shrink_bilinear
 from data.store import ArraySpec
 from data.video import VideoReader
 from data.world import HEIGHT, WIDTH
@@ -36,7 +36,7 @@ def run(job: Job) -> None:
                 expected_frames=FRAMES,
                 expected_sha256=source.video_sha256,
             )
-            return {"frames": resize_pictures(frames, h, w) if native else frames}
+            return {"frames": shrink_bilinear(frames, h, w) if native else frames}
 
         inputs = {v.id: (v.video_sha256, *kept.inputs(v.id)) for v in catalog.videos}
         fingerprint = job.fingerprint([params, job.params.shards])

@@ -43,12 +43,15 @@ def save(forecast: Forecast, folder: Path) -> None:
 
 
 def writable(folder: Path) -> None:
-    """Make the folder and try to write there, before hours of work. Raises WorkspaceError."""
+    """Try to make and write the folder, before hours of work, leaving nothing behind. Raises WorkspaceError."""
+    absent = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
         probe.touch()
         probe.unlink()
+        for place in absent:
+            place.rmdir()
     except OSError as error:
         raise _unwritable(folder, error) from error
 

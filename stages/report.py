@@ -150,7 +150,7 @@ def _against_reference(gained: Estimate) -> str:
 
 
 def _percent(value: float) -> str:
-    return f"{100 * value:.0f} %"
+    return f"{100 * value:.0f}\N{NO-BREAK SPACE}%"
 
 
 def _facts(job: Job, windows: Windows, first: Evaluation) -> tuple[tuple[str, str], ...]:

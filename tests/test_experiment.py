@@ -15,9 +15,9 @@ CLI = "pipeline.cli"
 
 
 def test_a_sweep_is_every_combination(root: Path) -> None:
-    found = trials(root, "x", {"acquire.seed": 3}, {"flow.iterations": [6, 8], "decode.frames": [40, 44]})
+    found = trials(root, "x", {"acquire.seed": 3}, {"flow.iterations": [6, 8], "shards.clip": [8, 16]})
     assert [trial.name for trial in found] == ["x-1", "x-2", "x-3", "x-4"]
-    assert found[1].changes == {"acquire.seed": 3, "flow.iterations": 6, "decode.frames": 44}
+    assert found[1].changes == {"acquire.seed": 3, "flow.iterations": 6, "shards.clip": 16}
     assert {trial.targets for trial in found} == {()}
     (alone,) = trials(root, "x", {"acquire.seed": 3})
     assert (alone.name, alone.told) == ("x", "acquire.seed=3")

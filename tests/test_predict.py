@@ -351,6 +351,7 @@ def test_what_cannot_be_predicted_is_said_in_one_message(say: Say, tmp_path: Pat
         assert expected in said
         assert said.count("what to do:") == 1, said
         assert "Traceback" not in said
+    assert not list(Path("artifacts/apply").glob("*garbage*")), "no folder for what was not predicted"
 
 
 def test_a_decoder_that_hangs_is_killed(

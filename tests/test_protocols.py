@@ -14,7 +14,7 @@ from data.catalog import Catalog, Video
 from data.clevrer import FRAMES, read_annotation
 from data.clips import Context
 from data.entries import entries, first_without_entry
-from data.resize import resize_pictures
+from data.shrink import shrink_bilinear
 from data.video import VideoReader
 from data.world import HEIGHT, WIDTH, Annotation
 from models.evaluation import Window, evaluate
@@ -137,7 +137,7 @@ def test_kept_frames_hold_the_window_and_are_as_many_for_every_video(
 def test_bilinear_is_torchvisions_without_antialiasing() -> None:
     frames = np.random.default_rng(0).integers(0, 256, (2, 40, 60, 3), np.uint8)
     theirs = vision.resize(torch.from_numpy(frames).permute(0, 3, 1, 2).float(), [16, 16], antialias=False)
-    ours = resize_pictures(frames, 16, 16)
+    ours = shrink_bilinear(frames, 16, 16)
     assert np.abs(ours - theirs.permute(0, 2, 3, 1).numpy()).max() <= 0.5 + 1e-4
 
 
@@ -162,7 +162,7 @@ def test_copying_on_the_real_sample_is_near_the_published_figure(root: Path, sha
             frames = reader.read(
                 files[i], every[first : first + 48], height=HEIGHT, width=WIDTH, expected_frames=FRAMES
             )
-            film = torch.from_numpy(resize_pictures(frames, 64, 64)).permute(0, 3, 1, 2)[None].float() / 255
+            film = torch.from_numpy(shrink_bilinear(frames, 64, 64)).permute(0, 3, 1, 2)[None].float() / 255
             still = torch.zeros(1, CONTEXT - 1, 2, 64, 64)
             context = Context(film[:, :CONTEXT], still, torch.ones_like(still[:, :, :1]))
             yield Window(torch.tensor([i]), torch.tensor([first]), context, film[:, CONTEXT:])

@@ -121,7 +121,7 @@ def test_published_figures_stand_below_ours_in_their_protocol_only(results: list
 
 
 def test_the_summary_says_who_leads_and_by_how_much(results: list[Evaluation]) -> None:
-    text = summary(compared(results))
+    text = summary(compared(results)).replace("\N{NO-BREAK SPACE}", " ")
     assert text.startswith("The best predictor is warp: over the horizon it removes 65 % of the squared error")
     assert "advect, which learns nothing, removes 55 %. The difference in skill, +0." in text
     assert "is larger than chance. Its lead" in text

@@ -172,7 +172,7 @@ def test_retry_failed_tries_the_bad_item_and_keeps_the_good_ones(built: Workspac
 
 def test_adopt_proves_an_edit_on_a_sample_and_refuses_one_that_changes_results(built: Workspace) -> None:
     before = built.digests("decode")
-    built.edit("stages/decode.py", "(h, w), kept =", "unused = 1  # noqa\n    (h, w), kept =")
+    built.edit("stages/decode.py", "(h, w), native =", "unused = 1  # noqa\n    (h, w), native =")
     said = command(built, "adopt", "decode", "--sample", "1")
     assert "1 units came out byte for byte as before, 3 more taken over" in said
     built.repro("-s", "decode")
@@ -180,7 +180,7 @@ def test_adopt_proves_an_edit_on_a_sample_and_refuses_one_that_changes_results(b
     assert built.digests("decode")["store.zarr/frames/zarr.json"] == before["store.zarr/frames/zarr.json"]
     shards = {name: digest for name, digest in before.items() if "/c." in name}
     assert {n: d for n, d in built.digests("decode").items() if "/c." in n} == shards
-    built.edit("stages/decode.py", '"frames": reader.read(', '"frames": 255 - reader.read(')
+    built.edit("stages/decode.py", "if native else frames", "if native else 255 - frames")
     said = command(built, "adopt", "decode", ok=False)
     assert "comes out differently" in said
     assert "frames" in said
