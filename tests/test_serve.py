@@ -109,7 +109,7 @@ def test_cancelled_by_prefect(service: Service) -> None:
     go_on(service, known + 1)
 
 
-@pytest.mark.parametrize("target", ["worker", "serve"])  # all of them: tests/test_faults.py
+@pytest.mark.parametrize("target", ["serve"])  # all of them: tests/test_faults.py
 def test_a_kill_in_the_middle_and_it_goes_on_by_itself(service: Service, target: str) -> None:
     known = service.settled()
     begin_slowly(service, {"flow run": 32, "worker": 33, "serve": 34}[target])
