@@ -6,7 +6,7 @@ A protocol that is not named here is one's own; its figures compare with nothing
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -33,7 +33,6 @@ class Protocol:
     note: str = ""
     psnr: str = "psnr_frame"
     """The metric that the papers call PSNR."""
-    windows: str = field(default="windows start at multiples of evaluate.window_stride")
 
 
 _SLOTFORMER = "Wu et al., SlotFormer, ICLR 2023"
@@ -74,7 +73,6 @@ PROTOCOLS: Mapping[str, Protocol] = {
         "Of the 5,000 validation videos, one window each: the first in which no object comes into view between three "
         "observed frames before the prediction and its end; videos without such a window are left out. Videos without "
         "annotation cannot be asked, and start at their first frame. PSNR is the mean over frames of each frame's.",
-        windows="one window a video, the first in which nothing comes into view while it is predicted",
     ),
     "pfi": Protocol(
         {
